@@ -1,0 +1,97 @@
+"""Changing a module's class to a subclass with some methods replaced, and back.
+
+The subclass has the name of the original and adds no state, so state_dict, ``isinstance``, ``repr``,
+replication by DataParallel, hooks and ``torch.compile`` see what they saw before. A copy by
+``copy.deepcopy`` stays accelerated; a pickle refers to the original class alone, and loads where
+genperf is not installed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+_MARK = "_genperf_original"
+_swapped: dict[tuple[type, Hashable], type] = {}
+
+
+def original_class(cls: type) -> type:
+    """The class that ``cls`` was made from, or ``cls`` itself if it is not an accelerated class."""
+    return cls.__dict__.get(_MARK, cls)
+
+
+def is_derived(cls: type) -> bool:
+    """Whether a class made by someone else stands on top of an accelerated one."""
+    return any(_MARK in base.__dict__ for base in cls.__mro__[1:])
+
+
+def swapped_class(original: type, key: Hashable, methods: dict[str, FunctionType]) -> type:
+    """The subclass of ``original`` with ``methods``; one class for one (original, key)."""
+    found = _swapped.get((original, key))
+    if found is not None:
+        return found
+
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        return _with_class(original.__reduce_ex__(self, protocol), type(self), original)
+
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        return _deepcopy(self, original, memo)
+
+    namespace = {
+        **methods,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": reduce_ex,
+        "__deepcopy__": deepcopy,
+        _MARK: original,
+    }
+    cls = type(original)(original.__name__, (original,), namespace)
+    _swapped[original, key] = cls
+    return cls
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give ``module`` its original class back; does nothing to a module that has it.
+
+    Raises:
+        RuntimeError: something else (a parametrization, for instance) changed the class afterwards.
+    """
+    cls = type(module)
+    if is_derived(cls):
+        raise RuntimeError(
+            f"restore: the class of {cls.__qualname__} was changed again after accelerate; "
+            f"undo that change (for instance remove the parametrization), then restore"
+        )
+    module.__class__ = original_class(cls)
+
+
+def _with_class(value: Any, old: type, new: type) -> Any:
+    if value is old:
+        return new
+    if type(value) is tuple:
+        return tuple(_with_class(item, old, new) for item in value)
+    return value
+
+
+def _deepcopy(module: Any, original: type, memo: dict[int, Any]) -> Any:
+    inherited = getattr(original, "__deepcopy__", None)
+    if inherited is not None:
+        result = inherited(module, memo)
+        if type(result) is original:
+            result.__class__ = type(module)
+        return result
+    function, arguments, *rest = original.__reduce_ex__(module, 4)
+    result = function(*copy.deepcopy(arguments, memo))
+    memo[id(module)] = result
+    if rest and rest[0] is not None:
+        state = copy.deepcopy(rest[0], memo)
+        if hasattr(result, "__setstate__"):
+            result.__setstate__(state)
+        else:
+            result.__dict__.update(state)
+    return result

@@ -1,0 +1,1 @@
+"""Patterns, one module a family; see :mod:`genperf.accelerate._pattern`."""

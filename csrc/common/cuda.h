@@ -1,0 +1,84 @@
+// How a kernel source reaches CUDA: launches, shared memory, grid barriers. The same macros map to
+// the execution model of tests/simt under -DGENPERF_SIMT, so that every kernel also runs on a host.
+//
+//   GENPERF_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
+//   GENPERF_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, args...)
+//   GENPERF_SHARED(type, name, count);         type name[count] in static shared memory
+//   GENPERF_DYNAMIC_SHARED(type, name);        type* name, the shared_bytes of the launch
+//
+// `kernel` may be a template instance in parentheses. A launch that fails leaves its error to
+// cudaGetLastError(), which the launchers return.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef GENPERF_SIMT
+
+#include "simt.h"
+
+#define GENPERF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  (static_cast<void>(stream), ::simt::launch(grid, block, shared_bytes, false, kernel, __VA_ARGS__))
+#define GENPERF_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
+  (static_cast<void>(stream), ::simt::launch(grid, block, shared_bytes, true, kernel, __VA_ARGS__))
+
+#define GENPERF_SHARED(type, name, count) \
+  static char name##_variable;            \
+  auto& name =                            \
+      *reinterpret_cast<type(*)[count]>(::simt::static_shared(&name##_variable, sizeof(type) * (count)))
+#define GENPERF_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::simt::dynamic_shared())
+
+namespace genperf {
+
+inline void grid_sync(simt::Site site = simt::Site::here()) { simt::grid_barrier(site); }
+
+}  // namespace genperf
+
+#else
+
+#include <cuda_runtime.h>
+
+#ifdef __CUDACC__
+
+#include <cooperative_groups.h>
+
+#include <utility>
+
+#define GENPERF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::genperf::launch(kernel, grid, block, shared_bytes, stream, false, __VA_ARGS__)
+#define GENPERF_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
+  ::genperf::launch(kernel, grid, block, shared_bytes, stream, true, __VA_ARGS__)
+
+#define GENPERF_SHARED(type, name, count) __shared__ type name[count]
+#define GENPERF_DYNAMIC_SHARED(type, name)                               \
+  extern __shared__ __align__(128) unsigned char genperf_dynamic_shared[]; \
+  type* name = reinterpret_cast<type*>(genperf_dynamic_shared)
+
+namespace genperf {
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+            bool cooperative, Arguments&&... arguments) {
+  if (shared_bytes > 48 << 10) {
+    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         static_cast<int>(shared_bytes));
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cooperative ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+__device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+}  // namespace genperf
+
+#endif  // __CUDACC__
+#endif  // GENPERF_SIMT

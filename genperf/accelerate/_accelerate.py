@@ -8,10 +8,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from genperf import _op, ops
+from genperf import _op
 from genperf.accelerate._pattern import Match, Options, Refusal, finders
 from genperf.accelerate._report import Entry, Report
 from genperf.accelerate._swap import is_derived, original_class, swapped_class
+from genperf.ops.gaussian_sample import gaussian_sample
 
 Predicate = Callable[[str, nn.Module], bool]
 Selection = str | Predicate | Iterable[str | Predicate] | None
@@ -115,18 +116,18 @@ def _backend_for(module: nn.Module) -> str:
     if like.is_meta:
         return "-"
     x = torch.zeros(1, 1, device=like.device, dtype=like.dtype)
-    explanation = _op.explain(ops.gaussian_sample, x, x, sample=False)
+    explanation = _op.explain(gaussian_sample, x, x, sample=False)
     return explanation.choices[-1].backend
 
 
-def _selected(
-    modules: dict[str, nn.Module], selection: Selection, argument: str, default: bool
-) -> set[str]:
+def _selected(modules: dict[str, nn.Module], selection: Selection, argument: str, default: bool) -> set[str]:
     if selection is None:
         return set(modules) if default else set()
     parts = [selection] if isinstance(selection, str) or callable(selection) else selection
     if not isinstance(parts, Iterable):
-        raise TypeError(f"{argument}: {type(selection).__name__}; expected a name pattern, a function or several")
+        raise TypeError(
+            f"{argument}: {type(selection).__name__}; expected a name pattern, a function or several"
+        )
     selected: set[str] = set()
     for part in parts:
         if isinstance(part, str):

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_DRAWS = frozenset(
-    "rand rand_like randn randn_like normal normal_ normal_functional uniform uniform_ bernoulli bernoulli_ "
-    "exponential exponential_ randint randint_like randperm random random_ log_normal_ cauchy_ geometric_ "
-    "multinomial".split()
-)
+# fmt: off
+_DRAWS = frozenset([
+    "rand", "rand_like", "randn", "randn_like", "normal", "normal_", "normal_functional",
+    "uniform", "uniform_", "bernoulli", "bernoulli_", "exponential", "exponential_", "log_normal_", "cauchy_",
+    "geometric_", "randint", "randint_like", "randperm", "random", "random_", "multinomial",
+])
+# fmt: on
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class NoiseMismatch(RuntimeError):
+class NoiseMismatch(RuntimeError):  # noqa: N818
     """A run drew other noise than the run that was recorded."""
 
 
@@ -49,17 +53,29 @@ class NoiseTape:
             yield
 
     @contextmanager
-    def replay(self) -> Iterator[None]:
+    def replay(self, in_float64: bool = False) -> Iterator[None]:
         """Within this context draws come from the tape.
+
+        Args:
+            in_float64: the run is meant to be in float64: float64 is the default dtype, and what casts to
+                a narrower floating dtype, or creates a tensor of one, gets float64.
 
         Raises:
             NoiseMismatch: a draw that the tape does not have next, or draws left over at the end.
         """
-        player = _Player(self.draws)
-        with player:
-            yield
+        player = _Player(self.draws, in_float64)
+        default = torch.get_default_dtype()
+        try:
+            if in_float64:
+                torch.set_default_dtype(torch.float64)
+            with player:
+                yield
+        finally:
+            torch.set_default_dtype(default)
         if player.next < len(self.draws):
-            raise NoiseMismatch(f"{len(self.draws) - player.next} of {len(self.draws)} recorded draws were not made")
+            raise NoiseMismatch(
+                f"{len(self.draws) - player.next} of {len(self.draws)} recorded draws were not made"
+            )
 
 
 def _name(func: Any) -> str:
@@ -83,9 +99,10 @@ class _Recorder(TorchDispatchMode):
 
 
 class _Player(TorchDispatchMode):
-    def __init__(self, draws: list[tuple[str, Tensor]]) -> None:
+    def __init__(self, draws: list[tuple[str, Tensor]], in_float64: bool) -> None:
         super().__init__()
         self.draws = draws
+        self.in_float64 = in_float64
         self.next = 0
         self.noise_of_key: dict[int, tuple[Tensor, Tensor]] = {}  # by address; keys are kept alive
 
@@ -102,6 +119,8 @@ class _Player(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.in_float64 and kwargs.get("dtype") in _NARROW:
+            kwargs = {**kwargs, "dtype": torch.float64}
         if func.namespace == "genperf":
             return self.run_with_noise(func, list(args))
         result = func(*args, **kwargs)
@@ -117,8 +136,8 @@ class _Player(TorchDispatchMode):
     def run_with_noise(self, func: Any, args: list[Any]) -> Any:
         """Run a genperf op, with recorded normals in place of a key."""
         names = [argument.name for argument in func._schema.arguments]
-        where = names.index("key") if "key" in names else None
-        key = None if where is None or where >= len(args) else args[where]
+        where = names.index("key") if "key" in names else len(args)
+        key = args[where] if where < len(args) else None
         if key is None:
             return func(*args)
         if "noise" not in names:

@@ -8,8 +8,6 @@ not compile to what is running (an edited file, generated code) is refused.
 
 from __future__ import annotations
 
-import __future__
-
 import ast
 import copy
 import dis
@@ -19,11 +17,6 @@ import types
 from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType
 from typing import Any
-
-
-_FUTURE_FLAGS = sum(
-    getattr(__future__, name).compiler_flag for name in __future__.all_feature_names if name != "nested_scopes"
-)
 
 
 class CannotRewrite(Exception):  # noqa: N818
@@ -91,9 +84,8 @@ def recompile(
     Raises:
         CannotRewrite: see the module's docstring.
     """
-    tree = copy.deepcopy(syntax_tree(function))
-    if transform is not None:
-        tree = ast.fix_missing_locations(transform(tree))
+    definition = copy.deepcopy(syntax_tree(function))
+    tree = definition if transform is None else ast.fix_missing_locations(transform(definition))
     code = _compile(function, tree, (*function.__code__.co_freevars, *bindings))
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     cells.update({name: CellType(value) for name, value in bindings.items()})
@@ -112,7 +104,9 @@ def syntax_tree(function: FunctionType) -> ast.FunctionDef:
         module, compiled = _parse("".join(lines))
     except (OSError, SyntaxError, TypeError) as error:
         raise CannotRewrite(f"the source of {function.__qualname__} is not available") from error
-    if not any(_same_code(code, candidate) for candidate in _codes(compiled, code.co_name, code.co_firstlineno)):
+    if not any(
+        _same_code(code, candidate) for candidate in _codes(compiled, code.co_name, code.co_firstlineno)
+    ):
         raise CannotRewrite(f"the source of {function.__qualname__} is not what is running")
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
@@ -143,7 +137,7 @@ def _compile(function: FunctionType, node: ast.AST, free: tuple[str, ...]) -> Co
     arguments = ", ".join(name for name in free if name != "__class__")
     scope = ast.parse(f"def _({arguments}):\n    class {owner}:\n        pass")
     scope.body[0].body[0].body = [node]  # type: ignore[attr-defined]
-    flags = function.__code__.co_flags & _FUTURE_FLAGS
+    flags = function.__code__.co_flags & annotations.compiler_flag
     compiled = compile(scope, function.__code__.co_filename, "exec", flags=flags, dont_inherit=True)
     return next(_codes(compiled, function.__code__.co_name, function.__code__.co_firstlineno))
 
@@ -167,7 +161,9 @@ def _same_code(a: CodeType, b: CodeType) -> bool:
 
 
 def _like(function: FunctionType, code: CodeType, closure: tuple[CellType, ...] | None) -> FunctionType:
-    new = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure or None)
+    new = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, closure or None
+    )
     new.__kwdefaults__ = function.__kwdefaults__
     new.__annotations__ = function.__annotations__
     new.__doc__ = function.__doc__

@@ -29,7 +29,7 @@ def is_derived(cls: type) -> bool:
     return any(_MARK in base.__dict__ for base in cls.__mro__[1:])
 
 
-def swapped_class(original: type, key: Hashable, methods: dict[str, FunctionType]) -> type:
+def swapped_class(original: Any, key: Hashable, methods: dict[str, FunctionType]) -> type:
     """The subclass of ``original`` with ``methods``; one class for one (original, key)."""
     found = _swapped.get((original, key))
     if found is not None:
@@ -78,14 +78,15 @@ def _with_class(value: Any, old: type, new: type) -> Any:
     return value
 
 
-def _deepcopy(module: Any, original: type, memo: dict[int, Any]) -> Any:
+def _deepcopy(module: Any, original: Any, memo: dict[int, Any]) -> Any:
     inherited = getattr(original, "__deepcopy__", None)
     if inherited is not None:
         result = inherited(module, memo)
         if type(result) is original:
             result.__class__ = type(module)
         return result
-    function, arguments, *rest = original.__reduce_ex__(module, 4)
+    reduced: Any = original.__reduce_ex__(module, 4)
+    function, arguments, *rest = reduced
     result = function(*copy.deepcopy(arguments, memo))
     memo[id(module)] = result
     if rest and rest[0] is not None:

@@ -51,7 +51,7 @@ class Verification:
     Attributes:
         comparisons: one for each output, input gradient and parameter gradient.
         failure: why the runs cannot be compared at all, or None.
-        original_s, accelerated_s: median seconds of a call (process CPU time on the CPU).
+        original_s, accelerated_s: median seconds of a call (on the CPU: CPU time, with one thread).
         timed: what was timed, "forward" or "forward + backward".
     """
 
@@ -78,7 +78,13 @@ class Verification:
         if self.failure is not None:
             return f"verification failed: {self.failure}"
         rows = [
-            (c.name, f"{c.original:.2e}", f"{c.accelerated:.2e}", f"{c.allowed:.2e}", "ok" if c.passed else "FAILED")
+            (
+                c.name,
+                f"{c.original:.2e}",
+                f"{c.accelerated:.2e}",
+                f"{c.allowed:.2e}",
+                "ok" if c.passed else "FAILED",
+            )
             for c in _condensed(self.comparisons)
         ]
         headers = ("against the original in float64", "original", "accelerated", "allowed", "")
@@ -113,21 +119,40 @@ def verify(
     with _random_state_preserved():
         with tape.record():
             of_original = _observe(original, inputs, kwargs, call, gradients, False)
-        try:
-            with tape.replay():
-                expected = _observe(exact, inputs, kwargs, call, gradients, True)
-            with tape.replay():
-                of_accelerated = _observe(accelerated, inputs, kwargs, call, gradients, False)
-        except NoiseMismatch as error:
-            return Verification(failure=f"the runs do not draw the same noise ({error})")
+        expected, reason = _replayed(tape, True, exact, inputs, kwargs, call, gradients)
+        of_accelerated: dict[str, Tensor] = {}
+        if not reason:
+            of_accelerated, reason = _replayed(tape, False, accelerated, inputs, kwargs, call, gradients)
+        different = set(expected) ^ set(of_accelerated) | set(expected) ^ set(of_original)
+        if not reason and different:
+            reason = f"the runs do not give the same tensors: {', '.join(sorted(different))}"
+        if reason:
+            return Verification(failure=reason)
         result = Verification()
-        missing = set(expected) ^ set(of_accelerated) | set(expected) ^ set(of_original)
-        if missing:
-            return Verification(failure=f"the runs do not give the same tensors: {', '.join(sorted(missing))}")
         result.comparisons = _comparisons(expected, of_original, of_accelerated)
         if seconds > 0:
             _time(result, original, accelerated, inputs, kwargs, call, gradients and training, seconds)
     return result
+
+
+def _replayed(
+    tape: NoiseTape,
+    exact: bool,
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    call: Call,
+    gradients: bool,
+) -> tuple[dict[str, Tensor], str]:
+    """What a run with the recorded noise gives, or why it cannot be compared."""
+    which = "the original in float64" if exact else "the accelerated model"
+    try:
+        with tape.replay(in_float64=exact):
+            return _observe(model, inputs, kwargs, call, gradients, exact), ""
+    except NoiseMismatch as error:
+        return {}, f"{which} does not draw the same noise ({error})"
+    except Exception as error:
+        return {}, f"{which} does not run: {type(error).__name__}: {error}"
 
 
 def _forward(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
@@ -155,7 +180,9 @@ def _observe(
         outputs = dict(_tensors(call(model, *inputs, **kwargs), "output"))
     seen = {name: value.detach() for name, value in outputs.items()}
     if gradients:
-        pairs = [(value, _cotangent(i, value)) for i, value in enumerate(outputs.values()) if value.requires_grad]
+        pairs = [
+            (value, _cotangent(i, value)) for i, value in enumerate(outputs.values()) if value.requires_grad
+        ]
         if pairs:
             torch.autograd.backward([value for value, _ in pairs], [weight for _, weight in pairs])
         given = (*_tensors(inputs, "gradient of input"), *_tensors(kwargs, "gradient of input"))
@@ -275,11 +302,11 @@ def _time(
     backward: bool,
     seconds: float,
 ) -> None:
-    """Interleaved calls of both models for about ``seconds``; medians of at least three."""
+    """Interleaved calls of both models for about ``seconds``; medians of three or more, without the first."""
     cuda = any(value.is_cuda for value in (*accelerated.parameters(), *accelerated.buffers()))
     clock = time.perf_counter if cuda else time.process_time
     result.timed = "forward + backward" if backward else "forward"
-    result.clock = "time on the GPU" if cuda else "CPU time"
+    result.clock = "with the GPU" if cuda else "CPU time of one thread"
     taken: dict[nn.Module, list[float]] = {original: [], accelerated: []}
 
     def once(model: nn.Module) -> float:
@@ -289,25 +316,31 @@ def _time(
             torch.cuda.synchronize()
         start = clock()
         with torch.set_grad_enabled(backward):
-            outputs = [v for _, v in _tensors(call(model, *arguments, **keywords), "output") if v.requires_grad]
+            outputs = [
+                v for _, v in _tensors(call(model, *arguments, **keywords), "output") if v.requires_grad
+            ]
         if backward and outputs:
             torch.autograd.backward(outputs, [torch.ones_like(v) for v in outputs])
         if cuda:
             torch.cuda.synchronize()
         return clock() - start
 
-    for model in taken:
-        once(model)
-    start = time.perf_counter()
-    order = list(taken)
-    while len(taken[original]) < 3 or time.perf_counter() - start < seconds:
-        for model in order:
-            taken[model].append(once(model))
-        order.reverse()
-        if len(taken[original]) >= 101:
-            break
-    result.original_s = statistics.median(taken[original])
-    result.accelerated_s = statistics.median(taken[accelerated])
+    threads = torch.get_num_threads()
+    try:
+        if not cuda:
+            torch.set_num_threads(1)
+        order = [original, accelerated]
+        start = time.perf_counter()
+        for i in range(102):
+            for model in order:
+                taken[model].append(once(model))
+            order.reverse()
+            if i >= 3 and time.perf_counter() - start > seconds:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    result.original_s = statistics.median(taken[original][1:])
+    result.accelerated_s = statistics.median(taken[accelerated][1:])
 
 
 def _random_state_preserved() -> AbstractContextManager[None]:

@@ -21,6 +21,9 @@ from genperf.ops.gaussian_sample import (
     torch_noise,
 )
 
+#: Below this many elements the calls cost more than the arithmetic.
+FEW_ELEMENTS = 1 << 15
+
 Bounds = tuple[float, float]
 
 Generator = torch.Generator | list[torch.Generator] | None
@@ -36,8 +39,8 @@ def draw_noise(like: Tensor, generator: Generator = None, device: torch.device |
     if isinstance(generator, (list, tuple)):
         if len(generator) not in (1, like.shape[0]):
             raise ValueError(
-                f"generator: a list of {len(generator)} for a batch of {like.shape[0]}; expected one generator, "
-                f"or one for each sample"
+                f"generator: a list of {len(generator)} for a batch of {like.shape[0]}; expected "
+                f"one generator, or one for each sample"
             )
         return torch_noise(like, generator if len(generator) > 1 else generator[0])
     if generator is None and device is not None:
@@ -89,7 +92,14 @@ def eager_sample(
 
     ``mean``, ``scale`` and ``noise`` [B, *] have one shape and dtype; ``parametrization`` is "logvar",
     "logsigma" or "std", as in :func:`genperf.ops.gaussian_sample`. Gradients come from one launch of
-    the fused backward kernel; a second differentiation is supported.
+    the fused backward kernel; a second differentiation is supported. Where neither the kernel's backward
+    nor its divergence can pay (few elements, or a std, whose gradient is one product), the operations
+    are left to autograd.
     """
+    if not kl and (parametrization == "std" or mean.numel() < FEW_ELEMENTS):
+        if parametrization != "std":
+            scale = scale if clamp is None else torch.clamp(scale, *clamp)
+            scale = torch.exp(0.5 * scale if parametrization == "logvar" else scale)
+        return mean + scale * noise, None
     low, high = clamp or (-math.inf, math.inf)
     return _EagerSample.apply(mean, scale, noise, TRANSFORMS[parametrization], low, high, kl)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from genperf import ops
 from genperf.nn._eager_sample import Bounds, Generator, draw_noise, eager_sample
+from genperf.ops.gaussian_sample import gaussian_sample
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -48,9 +48,7 @@ class DiagonalGaussian:
         if not isinstance(parameters, Tensor):
             raise TypeError(f"parameters: {type(parameters).__name__}; expected a tensor [B, 2 C, *]")
         if parameters.dtype not in _DTYPES:
-            raise TypeError(
-                f"parameters: {parameters.dtype}; expected float32, float16, bfloat16 or float64"
-            )
+            raise TypeError(f"parameters: {parameters.dtype}; expected float32, float16, bfloat16 or float64")
         if parameters.ndim < 2 or parameters.shape[1] % 2:
             raise ValueError(f"parameters: shape {tuple(parameters.shape)}; expected [B, 2 C, *]")
         if rng not in ("torch", "philox"):
@@ -102,21 +100,16 @@ class DiagonalGaussian:
                 draw_noise(self.mean, generator, self._noise_device)
             return self.mean.clone()
         want_kl = self._kl is None and torch.is_grad_enabled() and self.parameters.requires_grad
-        if self.rng == "torch" and (self.mean.device.type == "cpu" or self._noise_device is not None):
+        noise = None
+        z: Tensor | None
+        if self.rng == "torch":
             noise = draw_noise(self.mean, generator, self._noise_device)
-        else:
-            noise = None
-        if self.rng == "torch" and self.mean.device.type == "cpu":
+            generator = None
+        if noise is not None and noise.device.type == "cpu":
             z, kl = eager_sample(self.mean, self._scale, noise, clamp=self.clamp, kl=want_kl)
         else:
-            z, kl, _ = ops.gaussian_sample(
-                self.mean,
-                self._scale,
-                clamp=self.clamp,
-                kl=want_kl,
-                noise=noise,
-                rng=self.rng,
-                generator=generator,
+            z, kl, _ = gaussian_sample(
+                self.mean, self._scale, clamp=self.clamp, kl=want_kl, noise=noise, generator=generator
             )
         if want_kl:
             self._kl = kl
@@ -145,9 +138,8 @@ class DiagonalGaussian:
                 prior = (other.mean, other._scale)
             else:
                 scale, prior, clamp = self.logvar, (other.mean, other.logvar), None
-        kl = ops.gaussian_sample(self.mean, scale, clamp=clamp, prior=prior, sample=False, reduction=reduction).kl
-        assert kl is not None
-        return kl
+        kl = gaussian_sample(self.mean, scale, clamp=clamp, prior=prior, sample=False, reduction=reduction).kl
+        return kl  # type: ignore[return-value]
 
     def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
         """Negative log-likelihood of ``sample`` [B, C, *], summed over ``dims``.

@@ -45,7 +45,7 @@ def find(module: nn.Module, cls: type, options: Options) -> Iterator[Match | Ref
         yield Match(was, "gaussian_sample", ("diagonal_gaussian", replacement), methods)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _constructed(cls: type) -> dict[type, dict[str, FunctionType]]:
     """The posterior classes that methods of ``cls`` refer to, with those methods by name."""
     found: dict[type, dict[str, FunctionType]] = {}
@@ -64,7 +64,7 @@ def _looks_like_posterior(value: Any) -> bool:
     return has_methods >= 3 and "gaussian" in value.__name__.lower()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _probe(posterior: type) -> tuple[Bounds | None, str]:
     """The clamp on the log-variance, or the reason why ``posterior`` is not the standard definition."""
     parameters = list(inspect.signature(posterior).parameters)
@@ -111,7 +111,7 @@ def _compare(posterior: type, plain: Tensor) -> tuple[Bounds | None, str]:
     return clamp, ""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def posterior_class(original: type, rng: str, clamp: Bounds | None) -> type:
     """A :class:`DiagonalGaussian` with the given options that is also an ``original``."""
     on_cpu = _draws_on_cpu(original)

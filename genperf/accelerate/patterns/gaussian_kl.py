@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genperf import ops
 from genperf.accelerate._pattern import Match, Options, Refusal
 from genperf.accelerate._rewrite import CannotRewrite, methods_of, recompile, syntax_tree
+from genperf.nn._eager_sample import FEW_ELEMENTS
+from genperf.ops.gaussian_sample import gaussian_sample
 
 _NAME = "_genperf_gaussian_kl"
 
@@ -28,13 +29,15 @@ def find(module: nn.Module, cls: type, options: Options) -> Iterator[Match | Ref
     for name, reason in refused.items():
         yield Refusal(f"{cls.__name__}.{name}: KL to N(0, 1)", reason)
     if overridden:
-        yield Refusal(f"{cls.__name__}: KL to N(0, 1)", f"{', '.join(overridden)} is set on the module itself")
+        yield Refusal(
+            f"{cls.__name__}: KL to N(0, 1)", f"{', '.join(overridden)} is set on the module itself"
+        )
     elif methods:
         was = f"{cls.__name__}.{', '.join(methods)}: KL to N(0, 1)"
         yield Match(was, "gaussian_sample", "gaussian_kl", methods)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _rewritten(cls: type) -> tuple[dict[str, FunctionType], dict[str, str]]:
     """The methods of ``cls`` with the divergence replaced, and the reasons for those that could not be."""
     methods, refused = {}, {}
@@ -57,16 +60,22 @@ def _rewritten(cls: type) -> tuple[dict[str, FunctionType], dict[str, str]]:
     return methods, refused
 
 
-def gaussian_kl(mean: Tensor, logvar: Tensor, dim: int | Sequence[int] | None = None) -> Tensor:
-    """KL of N(mean, exp(logvar)) to N(0, 1), summed over ``dim`` (None: all), in float32 or wider."""
+def gaussian_kl(mean: Tensor, logvar: Tensor, dim: int | list[int] | tuple[int, ...] | None = None) -> Tensor:
+    """KL of N(mean, exp(logvar)) to N(0, 1), summed over ``dim`` (None: all), in float32 or wider.
+
+    On the CPU the definition itself is used where the call of a kernel costs more than the arithmetic.
+    """
     if not (isinstance(mean, Tensor) and isinstance(logvar, Tensor) and mean.dtype == logvar.dtype):
         mean, logvar = torch.as_tensor(mean), torch.as_tensor(logvar)
         dtype = torch.promote_types(mean.dtype, logvar.dtype)
         mean, logvar = mean.to(dtype), logvar.to(dtype)
+    if mean.device.type == "cpu" and mean.numel() < FEW_ELEMENTS:
+        terms = mean.square() + logvar.exp() - 1 - logvar
+        return 0.5 * (terms.sum() if dim is None else terms.sum(dim=dim))
     rank = max(mean.ndim, logvar.ndim)
     dims = None if dim is None else sorted(d % rank for d in ([dim] if isinstance(dim, int) else dim))
     per_sample = rank > 0 and dims in (None, list(range(1, rank)))
-    kl = ops.gaussian_sample(mean, logvar, sample=False, reduction="sample" if per_sample else "none").kl
+    kl = gaussian_sample(mean, logvar, sample=False, reduction="sample" if per_sample else "none").kl
     assert kl is not None
     if dims is None:
         return kl.sum()
@@ -93,7 +102,8 @@ class Divergence:
         generator = torch.Generator().manual_seed(0)
         for shape in ((5, 7), (3, 2, 4, 6)):
             mean, logvar = (
-                torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)
+                torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+                for _ in range(2)
             )
             try:
                 theirs = eval(code, {"torch": torch}, {"mean": mean, "logvar": logvar})
@@ -106,7 +116,9 @@ class Divergence:
             pairs = [(theirs, ours)]
             pairs += zip(*(torch.autograd.grad(v.sum(), (mean, logvar)) for v in (theirs, ours)), strict=True)
             for expected, actual in pairs:
-                if expected.shape != actual.shape or not torch.allclose(expected, actual, rtol=1e-9, atol=1e-9):
+                if expected.shape != actual.shape or not torch.allclose(
+                    expected, actual, rtol=1e-9, atol=1e-9
+                ):
                     return "the probe gave another value than the divergence"
         return ""
 

@@ -12,12 +12,8 @@ import pytest
 BLOCK = """
 import sys
 
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {blocked} or name in {blocked}:
-            raise ModuleNotFoundError("No module named " + repr(name), name=name)
-
-sys.meta_path.insert(0, Blocked())
+for name in {blocked}:
+    sys.modules[name] = None
 """
 
 SAMPLE = """
@@ -59,7 +55,9 @@ def test_works_without(blocked: tuple[str, ...]) -> None:
 
 def test_doctor_tells_that_the_native_module_is_missing() -> None:
     code = BLOCK.format(blocked=("genperf._native",)) + "from genperf.__main__ import main\nmain([])"
-    assert "No module named 'genperf._native'" in run(code)
+    output = run(code)
+    assert "genperf._native" in output
+    assert "cannot be loaded" in output
 
 
 def test_forcing_a_missing_backend_tells_why() -> None:

@@ -17,10 +17,8 @@
 
 #include "simt.h"
 
-#define GENPERF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  (static_cast<void>(stream), ::simt::launch(grid, block, shared_bytes, false, kernel, __VA_ARGS__))
-#define GENPERF_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
-  (static_cast<void>(stream), ::simt::launch(grid, block, shared_bytes, true, kernel, __VA_ARGS__))
+#define GENPERF_LAUNCH(kernel, ...) ::simt::launch(false, kernel, __VA_ARGS__)
+#define GENPERF_LAUNCH_COOPERATIVE(kernel, ...) ::simt::launch(true, kernel, __VA_ARGS__)
 
 #define GENPERF_SHARED(type, name, count) \
   static char name##_variable;            \
@@ -44,10 +42,8 @@ inline void grid_sync(simt::Site site = simt::Site::here()) { simt::grid_barrier
 
 #include <utility>
 
-#define GENPERF_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  ::genperf::launch(kernel, grid, block, shared_bytes, stream, false, __VA_ARGS__)
-#define GENPERF_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
-  ::genperf::launch(kernel, grid, block, shared_bytes, stream, true, __VA_ARGS__)
+#define GENPERF_LAUNCH(kernel, ...) ::genperf::launch(false, kernel, __VA_ARGS__)
+#define GENPERF_LAUNCH_COOPERATIVE(kernel, ...) ::genperf::launch(true, kernel, __VA_ARGS__)
 
 #define GENPERF_SHARED(type, name, count) __shared__ type name[count]
 #define GENPERF_DYNAMIC_SHARED(type, name)                               \
@@ -57,8 +53,8 @@ inline void grid_sync(simt::Site site = simt::Site::here()) { simt::grid_barrier
 namespace genperf {
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
-            bool cooperative, Arguments&&... arguments) {
+void launch(bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            void* stream, Arguments&&... arguments) {
   if (shared_bytes > 48 << 10) {
     cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(shared_bytes));

@@ -92,8 +92,8 @@ void yield();                    // every other thread runs before this one goes
 void run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& body);
 
 template <class... Parameters, class... Arguments>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, void (*kernel)(Parameters...),
-            Arguments&&... arguments) {
+void launch(bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+            cudaStream_t, Arguments&&... arguments) {
   std::tuple<std::decay_t<Parameters>...> parameters(std::forward<Arguments>(arguments)...);
   run(grid, block, shared_bytes, cooperative, [&] { std::apply(kernel, parameters); });
 }

@@ -38,10 +38,8 @@ def main() -> int:
     start = time.perf_counter()
     torch.set_num_threads(1)  # the models are small, and the timings do not suffer from what else runs here
     conditions = (
-        "genperf "
-        + importlib.metadata.version("genperf")
-        + f", torch {torch.__version__}, Python {platform.python_version()}, "
-        "float32, one thread; medians of CPU time, runs interleaved"
+        f"genperf {importlib.metadata.version('genperf')}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, float32, one thread; medians of CPU time, runs interleaved"
     )
     print(conditions)
     outcomes = []
@@ -62,9 +60,11 @@ def main() -> int:
         for timing in outcome.timings:
             print(timing.line())
     print(
-        "\nThe sampling step is a small part of a model: what the whole model gains depends on the rest of it,"
+        "\nSampling is a small part of a model: next to convolutions or large matrix products the whole gains"
     )
-    print("and next to convolutions or large matrix products it is little.")
+    print(
+        "little. With few latent variables, under about ten thousand a batch, the cost of the call dominates."
+    )
     print("\nPictures:")
     for path in (*(outcome.picture for outcome in outcomes), chart):
         print(f"  {path}")

@@ -94,7 +94,7 @@ def train(
     rate: float,
     seconds: float = 60,
 ) -> list[float]:
-    """Adam with a one-cycle schedule; stops early on a machine too slow for ``seconds``. Returns the losses."""
+    """Adam with a one-cycle schedule, stopped early if ``seconds`` are over. Returns the losses."""
     optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     losses, start = [], time.perf_counter()
@@ -132,7 +132,7 @@ def race(
 
 
 def accelerated(outcome: Outcome, original: nn.Module, loss: Loss, x: Tensor) -> tuple[nn.Module, nn.Module]:
-    """Copies of a model with the noise that torch would draw and with genperf's own; reported and verified."""
+    """Copies of a model, with the noise that torch would draw and with genperf's own; verified."""
     same_noise, own_noise = deepcopy(original), deepcopy(original)
     report = genperf.accelerate(same_noise, mode="training")
     genperf.accelerate(own_noise, mode="training", rng="philox")
@@ -190,7 +190,7 @@ def psnr(a: Tensor, b: Tensor, peak: float) -> float:
 
 
 def tiles(images: Tensor, columns: int, gap: int = 1) -> np.ndarray:
-    """[N, C, H, W] in [0, 1] laid out as one picture, light grey between the images; C = 1: black on white."""
+    """[N, C, H, W] in [0, 1] as one picture, light grey between the images; C = 1 is black on white."""
     images = images.clamp(0, 1) if images.shape[1] == 3 else 1 - images.clamp(0, 1).expand(-1, 3, -1, -1)
     padded = nn.functional.pad(images, (0, gap, 0, gap), value=0.85)
     rows = [torch.cat(list(row), dim=2) for row in padded.split(columns)]

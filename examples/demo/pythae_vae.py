@@ -52,7 +52,7 @@ def run(output: Path) -> Outcome:
         samples = fast.decoder(torch.randn(40, 16)).reconstruction.view_as(shown)
         bound = sum(loss(fast, unseen).item() for _ in range(8)) / 8
     print(
-        f"  trained for {len(losses)} steps: -ELBO {losses[0]:.1f} at the start, {bound:.1f} on digits kept out\n"
+        f"  trained for {len(losses)} steps: -ELBO {losses[0]:.1f} at first, {bound:.1f} on digits kept out\n"
     )
     outcome.picture = output / "pythae_vae.png"
     panels = {"digits kept out of training": shown, "reconstructions": reconstruction, "samples": samples}

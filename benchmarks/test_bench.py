@@ -1,11 +1,13 @@
 """The cases of ``python -m genperf bench`` under pytest-benchmark: ``pytest benchmarks/``.
 
-``-k`` chooses, e.g. ``-k "gaussian_sample and 256x128 and not compile"``; CUDA is used where there is one.
+``-k`` chooses, e.g. ``-k "gaussian_sample and 256x128 and not compile"``. CUDA is used where there is one,
+else one CPU thread; add ``--benchmark-timer=time.process_time`` for CPU time, on a machine that is shared.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +17,14 @@ from genperf.bench.providers import Problem, Provider, check, errors, gradients,
 
 pytest.importorskip("pytest_benchmark")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _names(benchmark: Benchmark) -> list[str]:

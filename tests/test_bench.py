@@ -40,6 +40,10 @@ def _wrong_gradient(x):
     return x * x.detach() + x * x - (x * x).detach(), (x * x).sum(1)
 
 
+def _shifted(x):
+    return x * x + 1, (x * x).sum(1)
+
+
 def _nan(x):
     return torch.where(x == x.max(), torch.nan, x * x), (x * x).sum(1)
 
@@ -125,6 +129,7 @@ def test_files_of_another_schema_are_refused(measured, tmp_path):
     [
         (_wrong_value, {"fwd", "bwd", "fwd+bwd"}, "error"),
         (_wrong_gradient, {"bwd", "fwd+bwd"}, "gradient of x"),
+        (_shifted, {"fwd", "fwd+bwd"}, "output 0"),
         (_nan, {"fwd", "bwd", "fwd+bwd"}, ": "),
         (_raises, {"fwd", "bwd", "fwd+bwd"}, "RuntimeError: illegal memory access"),
     ],
@@ -355,7 +360,9 @@ def test_report_replaces_the_marked_region_alone(measured, tmp_path):
     assert text.count(table.markdown(measured)) == 1
 
 
-@pytest.mark.parametrize("text", ["no markers", f"{report.END}{report.BEGIN}", report.BEGIN])
+@pytest.mark.parametrize(
+    "text", ["no markers", f"{report.END}{report.BEGIN}", report.BEGIN, f"{report.BEGIN * 2}{report.END}"]
+)
 def test_report_does_not_overwrite_a_file_without_markers(measured, tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)

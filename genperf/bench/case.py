@@ -44,7 +44,7 @@ class Case:
         return str(self.dtype).removeprefix("torch.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Benchmark:
     """An op with its cases, its competitors and its truth.
 

@@ -9,6 +9,7 @@ genperf is not installed.
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections.abc import Hashable
 from types import FunctionType
 from typing import Any
@@ -36,7 +37,7 @@ def swapped_class(original: Any, key: Hashable, methods: dict[str, FunctionType]
         return found
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
-        return _with_class(original.__reduce_ex__(self, protocol), type(self), original)
+        return _reduced_as(original, original.__reduce_ex__(self, protocol), type(self))
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         return _deepcopy(self, original, memo)
@@ -70,12 +71,15 @@ def restore_class(module: nn.Module) -> None:
     module.__class__ = original_class(cls)
 
 
-def _with_class(value: Any, old: type, new: type) -> Any:
-    if value is old:
-        return new
-    if type(value) is tuple:
-        return tuple(_with_class(item, old, new) for item in value)
-    return value
+def _reduced_as(original: Any, reduced: Any, cls: type) -> Any:
+    """A result of ``__reduce_ex__`` with ``original`` in the place of ``cls``."""
+    if not isinstance(reduced, tuple):
+        return reduced
+    function, arguments, *rest = reduced
+    if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+        function = original.__new__  # pickle wants __newobj__ to be given the class of the object
+    arguments = tuple(original if argument is cls else argument for argument in arguments)
+    return (original if function is cls else function, arguments, *rest)
 
 
 def _deepcopy(module: Any, original: Any, memo: dict[int, Any]) -> Any:

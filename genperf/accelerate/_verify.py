@@ -21,8 +21,8 @@ from genperf.accelerate._swap import restore_class
 
 #: Errors below this many units of roundoff are never held against the accelerated model.
 FLOOR_ULPS = 4.0
-#: A tensor that is zero but for rounding is measured by this share of the largest of its kind.
-SMALLEST_SIZE = 1e-3
+#: A gradient that is zero but for rounding is measured by this share of the largest gradient.
+SMALLEST_GRADIENT = 1e-3
 
 Call = Callable[..., Any]
 
@@ -31,7 +31,7 @@ Call = Callable[..., Any]
 class Comparison:
     """Errors of one tensor against the float64 run, relative to its largest magnitude there.
 
-    An output or gradient far smaller than the largest one is measured by ``SMALLEST_SIZE`` of that.
+    A gradient far smaller than the largest one is measured by ``SMALLEST_GRADIENT`` of that.
     """
 
     name: str
@@ -242,13 +242,10 @@ def _comparisons(
     exact: dict[str, Tensor], original: dict[str, Tensor], accelerated: dict[str, Tensor]
 ) -> list[Comparison]:
     sizes = {name: _size(value) for name, value in exact.items()}
-    largest = {
-        kind: max((sizes[name] for name in sizes if _is_gradient(name) is kind), default=1.0)
-        for kind in (False, True)
-    }
+    smallest = SMALLEST_GRADIENT * max((sizes[name] for name in sizes if _is_gradient(name)), default=0.0)
     result = []
     for name, value in exact.items():
-        size = max(sizes[name], SMALLEST_SIZE * largest[_is_gradient(name)]) or 1.0
+        size = max(sizes[name], smallest if _is_gradient(name) else 0.0) or 1.0
         of_original = _error(value, original[name], size)
         allowed = 2 * of_original + FLOOR_ULPS * torch.finfo(original[name].dtype).eps
         result.append(Comparison(name, of_original, _error(value, accelerated[name], size), allowed))

@@ -61,7 +61,7 @@ def _looks_like_posterior(value: Any) -> bool:
     if issubclass(value, DiagonalGaussian):
         return False
     has_methods = sum(callable(getattr(value, name, None)) for name in _STRUCTURE)
-    return has_methods >= 3 and "gaussian" in value.__name__.lower()
+    return has_methods >= 2 and "gaussian" in value.__name__.lower()
 
 
 @functools.cache

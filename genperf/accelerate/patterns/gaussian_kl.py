@@ -132,7 +132,7 @@ def match_divergence(node: ast.AST) -> Divergence | None:
     if not isinstance(node, ast.expr):
         return None
     factor, inner = _factor(node)
-    if factor is None or not isinstance(inner, ast.Call):
+    if not isinstance(inner, ast.Call):
         return None
     summed = _sum_arguments(inner)
     if summed is None:
@@ -156,18 +156,21 @@ def match_divergence(node: ast.AST) -> Divergence | None:
     return Divergence(node, mean, logvar, dim)
 
 
-def _factor(node: ast.expr) -> tuple[float | None, ast.expr]:
+def _factor(node: ast.expr) -> tuple[float, ast.expr]:
+    """``node`` as a number times an expression."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         factor, inner = _factor(node.operand)
-        return (None if factor is None else -factor), inner
+        return -factor, inner
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
         number = _number(node.right)
-        if number is not None and number != 0:
-            return (number if isinstance(node.op, ast.Mult) else 1 / number), node.left
+        if number:
+            factor, inner = _factor(node.left)
+            return (factor * number if isinstance(node.op, ast.Mult) else factor / number), inner
         number = _number(node.left)
         if number is not None and isinstance(node.op, ast.Mult):
-            return number, node.right
-    return None, node
+            factor, inner = _factor(node.right)
+            return factor * number, inner
+    return 1.0, node
 
 
 def _number(node: ast.expr) -> float | None:

@@ -262,6 +262,8 @@ def _replacement(function: FunctionType, convention: Convention, rng: str) -> Fu
             return function(self, first, second)
         if convention.mean_in_eval and not self.training:
             return mean
+        z: Tensor | None
+        noise: Tensor | None
         if rng == "philox":
             noise = None
             if returns_noise:
@@ -269,9 +271,9 @@ def _replacement(function: FunctionType, convention: Convention, rng: str) -> Fu
         else:
             noise = _draw(convention, mean, scale)
         if noise is not None and mean.device.type == "cpu":
-            z = eager_sample(mean, scale, noise, parametrization=parametrization)[0]  # type: ignore[arg-type]
+            z = eager_sample(mean, scale, noise, parametrization=parametrization)[0]
         else:
-            z = gaussian_sample(mean, scale, parametrization=parametrization, kl=False, noise=noise).z  # type: ignore[assignment]
+            z = gaussian_sample(mean, scale, parametrization=parametrization, kl=False, noise=noise).z
         return (z, noise) if returns_noise else z
 
     first, second = list(inspect.signature(function).parameters)[1:]

@@ -1,0 +1,147 @@
+"""Single-precision elementary functions: ``csrc/common/math.h``, the same bits.
+
+Only IEEE operations are used (``tl.div_rn`` and ``tl.sqrt_rn`` where Triton's own are approximate),
+and kernels are launched with ``enable_fp_fusion=False``, so a block gets on the GPU what the other
+backends get on the host.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+FLOAT_MAX = tl.constexpr(3.402823466e38)
+LN2_HIGH = tl.constexpr(0.693359375)
+LN2_LOW = tl.constexpr(-2.12194440e-4)
+LOG2_E = tl.constexpr(1.44269504088896341)
+LOG_2PI = tl.constexpr(1.8378770664093453)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def log_normal(x):
+    """log(x) for x in [2^-126, inf), within 1 ulp."""
+    bits = x.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23  # x = 2^e m with m in [sqrt(1/2), sqrt(2))
+    t = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+    fe = e.to(tl.float32)
+    z = t * t
+    z2 = z * z
+    low = (3.3333331174e-1 + -2.4999993993e-1 * t) + (2.0000714765e-1 + -1.6668057665e-1 * t) * z
+    high = (1.4249322787e-1 + -1.2420140846e-1 * t) + (1.1676998740e-1 + -1.1514610310e-1 * t) * z
+    y = (low + (high + 7.0376836292e-2 * z2) * z2) * t * z
+    y = y + fe * LN2_LOW
+    y = y - 0.5 * z
+    return (t + y) + fe * LN2_HIGH
+
+
+@triton.jit
+def log(x):
+    """log(x): -inf at 0, NaN below it, subnormals included."""
+    m_tiny = x < 1.17549435e-38
+    y = log_normal(x * tl.where(m_tiny, 8388608.0, 1.0)) - tl.where(m_tiny, 15.942385152878742, 0.0)
+    y = tl.where(x == 0.0, float("-inf"), y)
+    y = tl.where(x == float("inf"), x, y)
+    return tl.where(x >= 0.0, y, float("nan"))
+
+
+@triton.jit
+def exp(x):
+    """e^x, overflowing to inf and underflowing gradually to 0; NaN stays NaN."""
+    c = tl.where(x > 89.0, 89.0, x)
+    c = tl.where(c > -104.0, c, -104.0)  # a NaN lands here too, and is put back below
+    f = c * LOG2_E + 0.5
+    n = f.to(tl.int32).to(tl.float32)
+    n = n - tl.where(n > f, 1.0, 0.0)  # floor
+    r = c - n * LN2_HIGH
+    r = r - n * LN2_LOW
+    y = 1.9875691500e-4 * r + 1.3981999507e-3
+    y = y * r + 8.3334519073e-3
+    y = y * r + 4.1665795894e-2
+    y = y * r + 1.6666665459e-1
+    y = y * r + 5.0000001201e-1
+    y = y * (r * r) + r + 1.0
+    # 2^n in two factors, since n reaches 128 and -150.
+    k = n.to(tl.int32)
+    half = k >> 1
+    y = y * ((half + 127) << 23).to(tl.float32, bitcast=True)
+    y = y * ((k - half + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(x == x, y, x)
+
+
+@triton.jit
+def exp_m1_mx(x):
+    """e^x - 1 - x, never negative, to a few ulp."""
+    q = 2.765986437e-6 * x + 2.535378917e-5
+    q = q * x + 1.984511473e-4
+    q = q * x + 1.388546778e-3
+    q = q * x + 8.333304897e-3
+    q = q * x + 4.166673496e-2
+    q = q * x + 1.666666716e-1
+    q = q * x + 0.5
+    return tl.where(tl.abs(x) <= 1.0, q * (x * x), (exp(x) - 1.0) - x)
+
+
+@triton.jit
+def exp_m1(x):
+    """e^x - 1 without cancellation."""
+    return tl.where(tl.abs(x) <= 1.0, exp_m1_mx(x) + x, exp(x) - 1.0)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) without overflow."""
+    y = exp(-tl.abs(x))
+    u = 1.0 + y
+    log1p = log_normal(u) + tl.div_rn(y - (u - 1.0), u)
+    return tl.where(x > 0.0, x, 0.0) + log1p + (x - x)  # x - x: NaN stays NaN
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    e = exp(-tl.abs(x))
+    return tl.div_rn(tl.where(x >= 0.0, 1.0, e), 1.0 + e)
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x), from e^-2|x| - 1."""
+    e = exp_m1(-2.0 * tl.abs(x))
+    t = tl.div_rn(-e, 2.0 + e)
+    return tl.where(x < 0.0, -t, t)
+
+
+@triton.jit
+def cos_sin_of_turn(k):
+    """cos and sin of 2 pi (k + 1/2) / 2^24 for int32 k in [0, 2^24): the quadrant is exact."""
+    quadrant = (k + (1 << 21)) >> 22  # 0..4, nearest axis
+    rest = k - (quadrant << 22)  # [-2^21, 2^21)
+    x = (rest.to(tl.float32) + 0.5) * 3.7450705e-7  # (pi / 2) 2^-22
+    z = x * x
+    s = -1.9515295891e-4 * z + 8.3321608736e-3
+    s = s * z + -1.6666654611e-1
+    s = s * z * x + x
+    c = 2.443315711809948e-5 * z + -1.388731625493765e-3
+    c = c * z + 4.166664568298827e-2
+    c = c * z * z - 0.5 * z + 1.0
+    m_swap = (quadrant & 1) != 0
+    cq = tl.where(m_swap, s, c)
+    sq = tl.where(m_swap, c, s)
+    return tl.where(((quadrant + 1) & 2) != 0, -cq, cq), tl.where((quadrant & 2) != 0, -sq, sq)
+
+
+@triton.jit
+def saturate(x):
+    """x, and the largest finite float32 where it is larger; NaN stays NaN."""
+    return tl.where(x > FLOAT_MAX, FLOAT_MAX, x)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """Float32 x rounded to nearest even in dtype."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter's own conversion truncates
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)

@@ -1,6 +1,8 @@
 // CUDA kernel: a thread makes four neighbouring numbers from each call of Philox, and stores them in
 // 16-byte pieces where every sample starts on such a boundary.
-#include "../common/samples.cuh"
+#include <type_traits>
+
+#include "../common/philox.cuh"
 #include "philox_random.h"
 
 namespace genperf {
@@ -62,9 +64,9 @@ void launch(const PhiloxArgs& a, void* stream) {
   const int64_t elements = a.out.numel() / samples, calls = (elements + 3) / 4;
   const int64_t per_block = kThreads * kCallsPerThread;
   const bool aligned = elements % 4 == 0 && reinterpret_cast<uintptr_t>(a.out.data) % 16 == 0;
-  GENPERF_LAUNCH((philox_random_kernel<kKind>), static_cast<unsigned>((samples * calls + per_block - 1) / per_block),
-                 kThreads, 0, stream, static_cast<Number<kKind>*>(a.out.data), Keys(a.key), samples, elements, calls,
-                 aligned);
+  GENPERF_LAUNCH((philox_random_kernel<kKind>),
+                 static_cast<unsigned>((samples * calls + per_block - 1) / per_block), kThreads, 0, stream,
+                 static_cast<Number<kKind>*>(a.out.data), Keys(a.key), samples, elements, calls, aligned);
 }
 
 }  // namespace

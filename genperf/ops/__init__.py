@@ -1,0 +1,11 @@
+"""The public operators, found by globbing: what each module of this package lists in ``__all__``.
+
+An op and its module share one name; ``genperf.ops.<op>`` is the function.
+"""
+
+import importlib
+import pkgutil
+
+for _info in pkgutil.iter_modules(__path__):
+    _module = importlib.import_module(f"{__name__}.{_info.name}")
+    globals().update({name: getattr(_module, name) for name in _module.__all__})

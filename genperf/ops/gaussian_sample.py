@@ -279,7 +279,7 @@ class _GaussianSample(torch.autograd.Function):
         ctx.save_for_backward(*args[:6])
         ctx.settings = args[6:12]
         ctx.set_materialize_grads(False)
-        return _forward_op(*args)
+        return tuple(x if wanted else None for x, wanted in zip(_forward_op(*args), args[12:], strict=True))
 
     @staticmethod
     def backward(ctx, grad_z, grad_kl, grad_log_prob):
@@ -351,7 +351,8 @@ def gaussian_sample(
     mean, scale = _check_pair(mean, scale, "mean", "scale")
     if isinstance(clamp, list):
         clamp = tuple(clamp)
-    settings = _check_settings(parametrization, clamp, offset, temperature, reduction)
+    check = _check_settings if torch.compiler.is_compiling() else _checked_settings
+    settings = check(parametrization, clamp, offset, temperature, reduction)
     if mean.dim() == 0 and settings[-1]:
         raise ValueError(
             f"gaussian_sample: mean has shape (), expected a batch dimension for reduction {reduction!r}"
@@ -413,7 +414,6 @@ def _check_prior(prior: Any, mean: Tensor) -> tuple[Tensor, Tensor]:
         ) from None
 
 
-@functools.lru_cache(maxsize=256)
 def _check_settings(
     parametrization: str,
     clamp: tuple[float, float] | None,
@@ -450,6 +450,9 @@ def _check_settings(
     if not 0 < temperature < math.inf:
         raise ValueError(f"gaussian_sample: temperature is {temperature}, expected a finite number > 0")
     return TRANSFORMS[parametrization], low, high, float(offset), float(temperature), reduction != "none"
+
+
+_checked_settings = functools.lru_cache(maxsize=256)(_check_settings)
 
 
 def _check_noise(

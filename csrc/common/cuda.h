@@ -46,7 +46,7 @@ inline void grid_sync(simt::Site site = simt::Site::here()) { simt::grid_barrier
 #define GENPERF_LAUNCH_COOPERATIVE(kernel, ...) ::genperf::launch(true, kernel, __VA_ARGS__)
 
 #define GENPERF_SHARED(type, name, count) __shared__ type name[count]
-#define GENPERF_DYNAMIC_SHARED(type, name)                               \
+#define GENPERF_DYNAMIC_SHARED(type, name)                                 \
   extern __shared__ __align__(128) unsigned char genperf_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(genperf_dynamic_shared)
 

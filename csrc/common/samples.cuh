@@ -1,14 +1,13 @@
-// Tensors as CUDA kernels see them: samples of `elements` elements each, cut into slices of work.
+// Tensors as CUDA kernels see them: samples of `elements` elements each.
 //
 // An operand is read through one of two access policies. Vectors<T>: samples are contiguous and
 // aligned, a thread moves four elements at a time. Strided: any layout and dtype, one at a time.
-// How a sample is cut depends on `elements` and the policy alone, so that a sum has the same bits in
-// every batch and on every device.
 #pragma once
+
+#include <type_traits>
 
 #include "convert.h"
 #include "cuda.h"
-#include "philox.h"
 #include "view.h"
 
 namespace genperf {
@@ -138,15 +137,15 @@ struct Vectors {
   }
 
   template <int kCount>
-  static __device__ __forceinline__ void load_float(const Samples<kCount>& s, int k, const Position<kCount>& at,
-                                                    float (&x)[4]) {
+  static __device__ __forceinline__ void load_float(const Samples<kCount>& s, int k,
+                                                    const Position<kCount>& at, float (&x)[4]) {
     float4 v = *reinterpret_cast<const float4*>(static_cast<const float*>(s[k].data) + at.offset(s, k));
     x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
   }
 
   template <int kCount>
-  static __device__ __forceinline__ void store_float(const Samples<kCount>& s, int k, const Position<kCount>& at,
-                                                     const float (&x)[4]) {
+  static __device__ __forceinline__ void store_float(const Samples<kCount>& s, int k,
+                                                     const Position<kCount>& at, const float (&x)[4]) {
     *reinterpret_cast<float4*>(static_cast<float*>(s[k].data) + at.offset(s, k)) =
         make_float4(x[0], x[1], x[2], x[3]);
   }
@@ -194,138 +193,16 @@ struct Strided {
   }
 
   template <int kCount>
-  static __device__ __forceinline__ void load_float(const Samples<kCount>& s, int k, const Position<kCount>& at,
-                                                    float (&x)[1]) {
+  static __device__ __forceinline__ void load_float(const Samples<kCount>& s, int k,
+                                                    const Position<kCount>& at, float (&x)[1]) {
     x[0] = static_cast<const float*>(s[k].data)[at.offset(s, k)];
   }
 
   template <int kCount>
-  static __device__ __forceinline__ void store_float(const Samples<kCount>& s, int k, const Position<kCount>& at,
-                                                     const float (&x)[1]) {
+  static __device__ __forceinline__ void store_float(const Samples<kCount>& s, int k,
+                                                     const Position<kCount>& at, const float (&x)[1]) {
     static_cast<float*>(s[k].data)[at.offset(s, k)] = x[0];
   }
 };
-
-inline constexpr int kBlockTeam = 256;
-
-// Who works on what: a team of threads (a power of two of lanes, up to a warp; or a whole block) takes
-// one slice of one sample.
-struct Teams {
-  int64_t samples = 0, elements = 0, slices = 1, slice = 0;  // slices a sample, elements a slice
-  int team = 1, block = 1;  // threads
-
-  Teams() = default;
-  // `most`: elements of a slice at most.
-  Teams(int64_t samples, int64_t elements, int width, int64_t most) : samples(samples), elements(elements) {
-    slices = elements > most ? (elements + most - 1) / most : 1;
-    int64_t even = (elements + slices - 1) / slices;
-    slice = slices == 1 ? elements : (even + 127) / 128 * 128;
-    team = kBlockTeam;
-    block = kBlockTeam;
-    if (elements <= 4 * 32 * width) {
-      for (team = 1; team < 32 && team * width < elements;) team *= 2;
-      block = 128;
-    }
-  }
-
-  dim3 grid() const {
-    const int64_t per_block = block / team;
-    return dim3(static_cast<unsigned>((samples * slices + per_block - 1) / per_block));
-  }
-};
-
-// The calling thread's part: elements first + k * step of `sample`, k = 0, 1, ... below `last`.
-struct Part {
-  int64_t sample, slice, first, last;
-  int step;
-  bool leads;  // writes what the team has summed
-
-  __device__ __forceinline__ Part(const Teams& t, int width) {
-    int64_t item = blockIdx.x;
-    int lane = threadIdx.x;
-    if (t.team < t.block) {
-      item = item * (t.block / t.team) + lane / t.team;
-      lane %= t.team;
-    }
-    sample = item;
-    slice = 0;
-    if (t.slices > 1) {
-      sample = item / t.slices;
-      slice = item - sample * t.slices;
-    }
-    int64_t start = slice * t.slice;
-    last = sample >= t.samples ? 0 : start + t.slice < t.elements ? start + t.slice : t.elements;
-    first = start + lane * width;
-    step = t.team * width;
-    leads = lane == 0 && sample < t.samples;
-  }
-};
-
-// Sums over the threads of each team, in an order that `team` alone decides. Every thread of the
-// block takes part; the sums are right in each team's first thread.
-template <int kSums>
-__device__ __forceinline__ void team_sum(double (&x)[kSums], int team) {
-#pragma unroll
-  for (int k = 0; k < kSums; ++k) {
-    for (int distance = (team < 32 ? team : 32) / 2; distance > 0; distance /= 2) {
-      x[k] += __shfl_xor_sync(~0u, x[k], distance);
-    }
-  }
-  if (team <= 32) return;
-  GENPERF_SHARED(double, warp_sum, kSums * (kBlockTeam / 32));
-  const int warps = kBlockTeam / 32, warp = threadIdx.x / 32;
-  if (threadIdx.x % 32 == 0) {
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) warp_sum[k * warps + warp] = x[k];
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      x[k] = 0.0;
-      for (int w = 0; w < warps; ++w) x[k] += warp_sum[k * warps + w];
-    }
-  }
-}
-
-// Philox keys on the device: int64 [2], one for all (element numbers run through the whole tensor),
-// or [B, 2], one a sample (they start anew in each).
-struct Keys {
-  const int64_t* data = nullptr;  // null: absent
-  int64_t sample_stride = 0, word_stride = 0;
-  bool by_sample = false;
-
-  Keys() = default;
-  explicit Keys(const View& v) {
-    if (!v) return;
-    data = static_cast<const int64_t*>(v.data);
-    by_sample = v.ndim == 2;
-    sample_stride = by_sample ? v.stride[0] : 0;
-    word_stride = v.stride[v.ndim - 1];
-  }
-
-  GENPERF_HD explicit operator bool() const { return data != nullptr; }
-
-  __device__ __forceinline__ PhiloxKey operator[](int64_t sample) const {
-    const int64_t* words = data + sample * sample_stride;
-    return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[word_stride])};
-  }
-};
-
-// Input: element number, a multiple of 4 unless one normal is asked for. Output: the normals of
-// elements index .. index + kWidth - 1.
-template <int kWidth>
-__device__ __forceinline__ void philox_normals_at(PhiloxKey key, uint64_t index, float (&normals)[kWidth]) {
-  if constexpr (kWidth == 1) {
-    uint32_t words[4];
-    philox_words(key, index / 4, words);
-    const bool upper = index & 2;
-    float even, odd;
-    normals_from_bits<float>(upper ? words[2] : words[0], upper ? words[3] : words[1], even, odd);
-    normals[0] = index & 1 ? odd : even;
-  } else {
-    philox_normals(key, index / 4, normals);
-  }
-}
 
 }  // namespace genperf

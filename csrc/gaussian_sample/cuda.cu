@@ -1,8 +1,10 @@
 // CUDA kernels. One launch forward, and a second, tiny one where a sample is cut into several slices
-// and its sums are wanted; one launch backward. See common/samples.cuh for how the work is cut.
+// and its sums are wanted; one launch backward. See common/teams.cuh for how the work is cut.
 #include <type_traits>
 
+#include "../common/philox.cuh"
 #include "../common/samples.cuh"
+#include "../common/teams.cuh"
 #include "gaussian_sample.cuh"
 
 namespace genperf {
@@ -44,11 +46,13 @@ __device__ __forceinline__ void load_noise(const Parameters<kCount>& p, const Po
 }
 
 __device__ __forceinline__ void store_sum(const Operand& o, int64_t sample, double sum) {
-  static_cast<float*>(o.data)[sample * o.sample_stride] = static_cast<float>(sum > kFloatMax ? kFloatMax : sum);
+  static_cast<float*>(o.data)[sample * o.sample_stride] =
+      static_cast<float>(sum > kFloatMax ? kFloatMax : sum);
 }
 
 template <class Access, Transform kTransform>
-__global__ void __launch_bounds__(kBlockTeam, 4) gaussian_sample_forward_kernel(const Parameters<kForwardCount> p) {
+__global__ void __launch_bounds__(kBlockTeam, Access::kWidth == 1 ? 2 : 4)
+    gaussian_sample_forward_kernel(const Parameters<kForwardCount> p) {
   const Part part(p.teams, Access::kWidth);
   const bool noisy = p.x[kNoise] || p.keys;
   float kl_sum = 0.0f, log_prob_sum = 0.0f;
@@ -93,7 +97,8 @@ constexpr int kSumWarps = 4;
 
 // partials: [2, samples, slices]. A warp a sample.
 __global__ void __launch_bounds__(32 * kSumWarps)
-    gaussian_sample_sum_kernel(const double* partials, int64_t samples, int64_t slices, Operand kl, Operand log_prob) {
+    gaussian_sample_sum_kernel(const double* partials, int64_t samples, int64_t slices, Operand kl,
+                               Operand log_prob) {
   const int lane = threadIdx.x % 32;
   const int64_t sample = int64_t{blockIdx.x} * kSumWarps + threadIdx.x / 32;
   if (sample >= samples) return;
@@ -116,7 +121,7 @@ __global__ void __launch_bounds__(kBlockTeam, Access::kWidth == 1 ? 2 : 3)
     const typename Access::template Position<kBackwardCount> at(p.x, part.sample, i);
     GaussianBackward<kTransform, Access::kWidth> x;
     // The gradient of a sum is the gradient of each of its terms.
-    auto load_gradient = [&](int k, float(&gradient)[Access::kWidth]) {
+    auto load_gradient = [&](int k, float (&gradient)[Access::kWidth]) {
       if (!p.reduce) return Access::load_float(p.x, k, at, gradient);
       const float value = static_cast<const float*>(p.x[k].data)[part.sample * p.x[k].sample_stride];
 #pragma unroll
@@ -153,7 +158,8 @@ GaussianParameters parameters_of(const GaussianArgs& a) {
 // What both launchers share: fills the parameters, and calls f(policy) with Vectors where every operand
 // allows it. `floats`: the two operands that are always float32.
 template <int kCount, class F>
-void with_access(const GaussianArgs& a, const View* const (&views)[kCount], int floats, Parameters<kCount>& p, F f) {
+void with_access(const GaussianArgs& a, const View* const (&views)[kCount], int floats, Parameters<kCount>& p,
+                 F f) {
   p.x = Samples<kCount>(a.mean, views, a.reduce || a.key.ndim == 2);
   p.keys = Keys(a.key);
   p.math = parameters_of(a);
@@ -215,8 +221,8 @@ int gaussian_sample_forward_cuda(const GaussianArgs& a, void* stream) {
 int gaussian_sample_backward_cuda(const GaussianArgs& a, void* stream) {
   if (a.mean.numel() == 0) return cudaSuccess;
   const View* const views[kBackwardCount] = {
-      &a.mean,   &a.scale,   &a.prior_mean,    &a.prior_scale, &a.noise,      &a.grad_z,
-      &a.grad_kl, &a.grad_log_prob, &a.grad_mean, &a.grad_scale, &a.grad_prior_mean, &a.grad_prior_scale};
+      &a.mean,    &a.scale,         &a.prior_mean, &a.prior_scale, &a.noise,           &a.grad_z,
+      &a.grad_kl, &a.grad_log_prob, &a.grad_mean,  &a.grad_scale,  &a.grad_prior_mean, &a.grad_prior_scale};
   Parameters<kBackwardCount> p;
   with_access(a, views, kGradKl, p, [&](auto access) {
     with_transform(a.transform, [&](auto transform) {

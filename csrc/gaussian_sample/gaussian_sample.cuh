@@ -12,7 +12,8 @@ struct GaussianForward {
   float mean[kWidth], scale[kWidth], prior_mean[kWidth], prior_scale[kWidth], eps[kWidth];
   float z[kWidth], kl[kWidth], log_prob[kWidth];
 
-  __device__ __forceinline__ void compute(const GaussianParameters& p, bool noisy, bool kl_wanted, bool prior) {
+  __device__ __forceinline__ void compute(const GaussianParameters& p, bool noisy, bool kl_wanted,
+                                          bool prior) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       Gaussian<float> q = gaussian_from<kTransform>(mean[j], scale[j], p);
@@ -22,7 +23,8 @@ struct GaussianForward {
         log_prob[j] = log_density(q, eps[j]);
       }
       if (!kl_wanted) continue;
-      kl[j] = prior ? divergence(q, gaussian_from<kTransform>(prior_mean[j], prior_scale[j], p)) : divergence(q);
+      kl[j] =
+          prior ? divergence(q, gaussian_from<kTransform>(prior_mean[j], prior_scale[j], p)) : divergence(q);
     }
   }
 };
@@ -35,8 +37,8 @@ struct GaussianBackward {
   float grad_z[kWidth], grad_kl[kWidth], grad_log_prob[kWidth];
   float grad_mean[kWidth], grad_scale[kWidth], grad_prior_mean[kWidth], grad_prior_scale[kWidth];
 
-  __device__ __forceinline__ void compute(const GaussianParameters& p, bool by_z, bool by_kl, bool by_log_prob,
-                                          bool prior) {
+  __device__ __forceinline__ void compute(const GaussianParameters& p, bool by_z, bool by_kl,
+                                          bool by_log_prob, bool prior) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       Gaussian<float> q = gaussian_from<kTransform>(mean[j], scale[j], p);

@@ -84,7 +84,8 @@ def compile_source(source: Path, *flags: str) -> ctypes.CDLL:
         os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing",
         "-ffp-contract=off", "-Wall", "-Werror", "-DGENPERF_SIMT", f"-I{HERE}", f"-I{ROOT / 'csrc'}", *flags,
     ]  # fmt: skip
-    inputs = [source, HERE / "simt.h", HERE / "simt.cpp", HERE / "fiber.h", ROOT / "csrc" / "common" / "cuda.h"]
+    model = [HERE / name for name in ("simt.h", "simt.cpp", "fiber.h")]
+    inputs = [source, *model, ROOT / "csrc" / "common" / "cuda.h"]
     text = " ".join(command) + "".join(path.read_text() for path in inputs)
     library = BUILD / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     with _one_build_at_a_time():

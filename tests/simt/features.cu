@@ -123,8 +123,10 @@ __global__ void unequal_grid_sync() {
 
 }  // namespace
 
-#define FEATURE(name, parameters, launch) \
-  extern "C" const char* run_##name parameters { return simt::catch_faults([=] { launch; }); }
+#define FEATURE(name, parameters, launch)        \
+  extern "C" const char* run_##name parameters { \
+    return simt::catch_faults([=] { launch; });  \
+  }
 
 FEATURE(shuffles, (int* out, int width), GENPERF_LAUNCH(shuffles, 1, 32, 0, nullptr, out, width))
 FEATURE(wide_shuffle, (double* out), GENPERF_LAUNCH(wide_shuffle, 1, 32, 0, nullptr, out))

@@ -134,10 +134,17 @@ std::string whereabouts(const Block& block) {
   std::map<std::string, int> places;
   for (const Thread& t : block.threads) {
     switch (t.state) {
-      case State::kDone: ++places["returned"]; break;
-      case State::kReady: ++places["ready"]; break;
-      case State::kYielded: ++places["spinning"]; break;
-      default: ++places["waiting at " + std::string(t.operation) + " (" + to_string(t.site) + ")"];
+      case State::kDone:
+        ++places["returned"];
+        break;
+      case State::kReady:
+        ++places["ready"];
+        break;
+      case State::kYielded:
+        ++places["spinning"];
+        break;
+      default:
+        ++places["waiting at " + std::string(t.operation) + " (" + to_string(t.site) + ")"];
     }
   }
   std::string text = "block " + to_string(block.index) + ":";
@@ -159,8 +166,7 @@ std::string failure;
 
 class Grid {
  public:
-  Grid(dim3 shape, dim3 block_shape, size_t shared_bytes, bool cooperative,
-       const std::function<void()>& body)
+  Grid(dim3 shape, dim3 block_shape, size_t shared_bytes, bool cooperative, const std::function<void()>& body)
       : body(body),
         shape_(shape),
         block_shape_(block_shape),

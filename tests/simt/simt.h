@@ -84,8 +84,8 @@ void grid_barrier(Site site);
 void* static_shared(const void* variable, size_t bytes);  // one array a block for each variable
 void* dynamic_shared();
 
-void interleave();               // another thread may run here, if the schedule says so
-void yield();                    // every other thread runs before this one goes on
+void interleave();  // another thread may run here, if the schedule says so
+void yield();       // every other thread runs before this one goes on
 [[noreturn]] void trap(const char* message, Site site);
 
 // Runs `body` once for each thread of the grid. Throws Error.
@@ -131,7 +131,9 @@ T unpack(uint64_t bits) {
   return x;
 }
 
-inline unsigned linear_thread() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
+inline unsigned linear_thread() {
+  return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+}
 
 inline int lane_id() { return linear_thread() % warpSize; }
 inline int segment_first(int width) { return lane_id() & ~(width - 1); }
@@ -156,7 +158,9 @@ T atomic(T* address, Update update) {
 
 }  // namespace simt
 
-inline void __syncthreads(simt::Site site = simt::Site::here()) { simt::block_barrier("__syncthreads", false, site); }
+inline void __syncthreads(simt::Site site = simt::Site::here()) {
+  simt::block_barrier("__syncthreads", false, site);
+}
 inline int __syncthreads_count(int predicate, simt::Site site = simt::Site::here()) {
   return simt::block_barrier("__syncthreads_count", predicate, site);
 }
@@ -176,17 +180,20 @@ T __shfl_sync(uint32_t mask, T value, int lane, int width = warpSize, simt::Site
   return simt::shuffle("__shfl_sync", mask, value, source, true, site);
 }
 template <class T>
-T __shfl_up_sync(uint32_t mask, T value, int delta, int width = warpSize, simt::Site site = simt::Site::here()) {
+T __shfl_up_sync(uint32_t mask, T value, int delta, int width = warpSize,
+                 simt::Site site = simt::Site::here()) {
   int source = simt::lane_id() - delta;
   return simt::shuffle("__shfl_up_sync", mask, value, source, source >= simt::segment_first(width), site);
 }
 template <class T>
-T __shfl_down_sync(uint32_t mask, T value, int delta, int width = warpSize, simt::Site site = simt::Site::here()) {
+T __shfl_down_sync(uint32_t mask, T value, int delta, int width = warpSize,
+                   simt::Site site = simt::Site::here()) {
   int source = simt::lane_id() + delta;
   return simt::shuffle("__shfl_down_sync", mask, value, source, source <= simt::segment_last(width), site);
 }
 template <class T>
-T __shfl_xor_sync(uint32_t mask, T value, int lanes, int width = warpSize, simt::Site site = simt::Site::here()) {
+T __shfl_xor_sync(uint32_t mask, T value, int lanes, int width = warpSize,
+                  simt::Site site = simt::Site::here()) {
   int source = simt::lane_id() ^ lanes;
   return simt::shuffle("__shfl_xor_sync", mask, value, source, source <= simt::segment_last(width), site);
 }

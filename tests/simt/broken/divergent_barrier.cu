@@ -17,6 +17,7 @@ __global__ void add_left(const float* x, float* out, int n) {
 // x, out: [n].
 extern "C" const char* run(const float* x, float* out, int n) {
   return simt::catch_faults([=] {
-    GENPERF_LAUNCH(add_left, (n + kThreads - 1) / kThreads, kThreads, kThreads * sizeof(float), nullptr, x, out, n);
+    GENPERF_LAUNCH(add_left, (n + kThreads - 1) / kThreads, kThreads, kThreads * sizeof(float), nullptr, x,
+                   out, n);
   });
 }

@@ -63,7 +63,7 @@ def main() -> int:
         "\nSampling is a small part of a model: next to convolutions or large matrix products the whole gains"
     )
     print(
-        "little. With few latent variables, under about ten thousand a batch, the cost of the call dominates."
+        "little. With few latent variables the fixed cost of a call is what counts, and own noise can lose."
     )
     print("\nPictures:")
     for path in (*(outcome.picture for outcome in outcomes), chart):

@@ -49,43 +49,35 @@ def log(x):
 def exp(x):
     """e^x, overflowing to inf and underflowing gradually to 0; NaN stays NaN."""
     c = tl.where(x > 89.0, 89.0, x)
-    c = tl.where(c > -104.0, c, -104.0)  # a NaN lands here too, and is put back below
-    f = c * LOG2_E + 0.5
-    n = f.to(tl.int32).to(tl.float32)
-    n = n - tl.where(n > f, 1.0, 0.0)  # floor
+    c = tl.where(c < -104.0, -104.0, c)
+    shifted = c * LOG2_E + 12582912.0  # adding 3 * 2^22 rounds to an integer
+    n = shifted - 12582912.0
     r = c - n * LN2_HIGH
     r = r - n * LN2_LOW
-    y = 1.9875691500e-4 * r + 1.3981999507e-3
-    y = y * r + 8.3334519073e-3
-    y = y * r + 4.1665795894e-2
-    y = y * r + 1.6666665459e-1
-    y = y * r + 5.0000001201e-1
-    y = y * (r * r) + r + 1.0
+    r2 = r * r
+    y = (5.0000001201e-1 + 1.6666665459e-1 * r) + (4.1665795894e-2 + 8.3334519073e-3 * r) * r2
+    y = y + (1.3981999507e-3 + 1.9875691500e-4 * r) * (r2 * r2)
+    y = y * r2 + r + 1.0
     # 2^n in two factors, since n reaches 128 and -150.
-    k = n.to(tl.int32)
+    k = shifted.to(tl.int32, bitcast=True) - 0x4B400000
     half = k >> 1
     y = y * ((half + 127) << 23).to(tl.float32, bitcast=True)
-    y = y * ((k - half + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(x == x, y, x)
+    return y * ((k - half + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def exp_m1_mx(x):
-    """e^x - 1 - x, never negative, to a few ulp."""
-    q = 2.765986437e-6 * x + 2.535378917e-5
-    q = q * x + 1.984511473e-4
-    q = q * x + 1.388546778e-3
-    q = q * x + 8.333304897e-3
-    q = q * x + 4.166673496e-2
-    q = q * x + 1.666666716e-1
-    q = q * x + 0.5
-    return tl.where(tl.abs(x) <= 1.0, q * (x * x), (exp(x) - 1.0) - x)
+def exp_m1_mx(x, exp_x):
+    """e^x - 1 - x, never negative, to a few ulp, given e^x."""
+    x2 = x * x
+    q = (0.5 + 1.666666716e-1 * x) + (4.166579247e-2 + 8.333181962e-3 * x) * x2
+    q = q + (1.398219727e-3 + 1.996218634e-4 * x) * (x2 * x2)
+    return tl.where(tl.abs(x) <= 0.5, q * x2, (exp_x - 1.0) - x)
 
 
 @triton.jit
-def exp_m1(x):
-    """e^x - 1 without cancellation."""
-    return tl.where(tl.abs(x) <= 1.0, exp_m1_mx(x) + x, exp(x) - 1.0)
+def exp_m1(x, exp_x):
+    """e^x - 1 without cancellation, given e^x."""
+    return tl.where(tl.abs(x) <= 0.5, exp_m1_mx(x, exp_x) + x, exp_x - 1.0)
 
 
 @triton.jit
@@ -107,7 +99,8 @@ def sigmoid(x):
 @triton.jit
 def tanh(x):
     """tanh(x), from e^-2|x| - 1."""
-    e = exp_m1(-2.0 * tl.abs(x))
+    a = -2.0 * tl.abs(x)
+    e = exp_m1(a, exp(a))
     t = tl.div_rn(-e, 2.0 + e)
     return tl.where(x < 0.0, -t, t)
 

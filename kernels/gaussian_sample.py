@@ -6,7 +6,6 @@ once, every output is written once, and the noise is made in registers, so both 
 memory. The backward pass makes the noise again from the key.
 """
 
-import math
 from functools import partial
 
 import torch
@@ -36,7 +35,7 @@ def _gaussian(b_mean, b_scale, low, high, shift, TRANSFORM: tl.constexpr):
         b_clamped = tl.where(b_clamped > high, high, b_clamped)
         b_log_sigma = b_clamped * factor
         b_sigma = exp(b_log_sigma)
-        b_dlog_sigma = tl.where((b_scale < low) | (b_scale > high), 0.0, factor)
+        b_dlog_sigma = tl.where(b_clamped == b_scale, factor, 0.0)
         b_dsigma = b_sigma * b_dlog_sigma
     elif TRANSFORM == STANDARD_DEVIATION:
         b_sigma = b_scale
@@ -134,7 +133,6 @@ def _forward_kernel(
     high,
     shift,
     temperature,
-    log_temperature,
     TRANSFORM: tl.constexpr,
     REDUCE: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -147,13 +145,13 @@ def _forward_kernel(
     b_mean = _load(p_mean, i_b, i_n, m, sizes, s_mean)  # [BLOCK_B, BLOCK_N], as all that follow
     b_scale = _load(p_scale, i_b, i_n, m, sizes, s_scale)
     b_mu, b_sigma, b_log_sigma, _, _, _ = _gaussian(b_mean, b_scale, low, high, shift, TRANSFORM)
-    b_log_sigma += log_temperature
+    b_sigma, b_log_sigma = b_sigma * temperature, b_log_sigma + log(temperature)
     if p_z is not None or p_log_prob is not None:
         b_eps = _noise(p_noise, p_key, s_key, n_samples, i_chunk, i_b, i_n, m, sizes, s_noise, GROUPED)
     if p_z is not None:
-        _store(p_z, b_mu + b_sigma * temperature * b_eps, i_b, i_n, m, sizes, s_z)
+        _store(p_z, b_mu + b_sigma * b_eps, i_b, i_n, m, sizes, s_z)
     if p_kl is not None:
-        b_shift, b_log_ratio = b_mu, b_log_sigma
+        b_shift, b_log_ratio, b_ratio = b_mu, 2.0 * b_log_sigma, b_sigma * b_sigma
         if p_prior_mean is not None:
             b_prior_mean = _load(p_prior_mean, i_b, i_n, m, sizes, s_prior_mean)
             b_prior_scale = _load(p_prior_scale, i_b, i_n, m, sizes, s_prior_scale)
@@ -161,8 +159,9 @@ def _forward_kernel(
                 b_prior_mean, b_prior_scale, low, high, shift, TRANSFORM
             )
             b_shift = _shift(b_mu - b_prior_mu, b_prior_log_sigma)
-            b_log_ratio = b_log_sigma - b_prior_log_sigma
-        b_kl = saturate(0.5 * (b_shift * b_shift) + 0.5 * exp_m1_mx(2.0 * b_log_ratio))
+            b_log_ratio = 2.0 * (b_log_sigma - b_prior_log_sigma)
+            b_ratio = exp(b_log_ratio)
+        b_kl = saturate(0.5 * (b_shift * b_shift) + 0.5 * exp_m1_mx(b_log_ratio, b_ratio))
         _store_result(p_kl, b_kl, n_samples, n_chunks, i_chunk, i_b, i_n, m, sizes, s_kl, REDUCE)
     if p_log_prob is not None:
         b_log_prob = -0.5 * (b_eps * b_eps) - b_log_sigma - 0.5 * LOG_2PI
@@ -196,7 +195,6 @@ def _backward_kernel(
     high,
     shift,
     temperature,
-    log_temperature,
     TRANSFORM: tl.constexpr,
     REDUCE: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -204,15 +202,15 @@ def _backward_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    s_mean, s_scale, s_prior_mean, s_prior_scale, s_noise, s_grad_z, s_grad_kl, s_grad_log_prob = strides[:8]
-    s_grad_mean, s_grad_scale, s_grad_prior_mean, s_grad_prior_scale = strides[8:]
+    s_mean, s_scale, s_prior_mean, s_prior_scale, s_noise, s_grad_z = strides[:6]
+    s_grad_mean, s_grad_scale, s_grad_prior_mean, s_grad_prior_scale, s_grad_kl, s_grad_log_prob = strides[6:]
     i_chunk, i_b, i_n, m = tile(n_samples, n_elements, n_chunks, INDEX, BLOCK_B, BLOCK_N)
     b_mean = _load(p_mean, i_b, i_n, m, sizes, s_mean)  # [BLOCK_B, BLOCK_N], as all that follow
     b_scale = _load(p_scale, i_b, i_n, m, sizes, s_scale)
-    b_mu, _, b_log_sigma, b_dmu, b_dsigma, b_dlog_sigma = _gaussian(
+    b_mu, b_sigma, b_log_sigma, b_dmu, b_dsigma, b_dlog_sigma = _gaussian(
         b_mean, b_scale, low, high, shift, TRANSFORM
     )
-    b_log_sigma += log_temperature
+    b_sigma, b_log_sigma = b_sigma * temperature, b_log_sigma + log(temperature)
     b_by_mu = tl.zeros(b_mean.shape, tl.float32)
     b_by_scale = tl.zeros(b_mean.shape, tl.float32)
     if p_grad_z is not None:
@@ -224,7 +222,7 @@ def _backward_kernel(
         b_by_scale = b_by_scale - b_grad * b_dlog_sigma
     if p_grad_kl is not None:
         b_grad = _load_gradient(p_grad_kl, n_samples, i_b, i_n, m, sizes, s_grad_kl, REDUCE)
-        b_kl_by_mu, b_log_ratio = b_mu, b_log_sigma
+        b_kl_by_mu, b_log_ratio, b_ratio = b_mu, 2.0 * b_log_sigma, b_sigma * b_sigma
         if p_prior_mean is not None:
             b_prior_mean = _load(p_prior_mean, i_b, i_n, m, sizes, s_prior_mean)
             b_prior_scale = _load(p_prior_scale, i_b, i_n, m, sizes, s_prior_scale)
@@ -233,8 +231,9 @@ def _backward_kernel(
             )
             b_shift = _shift(b_mu - b_prior_mu, b_prior_log_sigma)
             b_kl_by_mu = _shift(b_shift, b_prior_log_sigma)
-            b_log_ratio = b_log_sigma - b_prior_log_sigma
-        b_kl_by_log_sigma = exp_m1(2.0 * b_log_ratio)
+            b_log_ratio = 2.0 * (b_log_sigma - b_prior_log_sigma)
+            b_ratio = exp(b_log_ratio)
+        b_kl_by_log_sigma = exp_m1(b_log_ratio, b_ratio)
         b_by_mu = b_by_mu + b_grad * b_kl_by_mu
         b_by_scale = b_by_scale + b_grad * b_kl_by_log_sigma * b_dlog_sigma
         if p_prior_mean is not None:
@@ -260,20 +259,17 @@ def _noise_strides(shape: torch.Size, noise: Tensor | None, key: Tensor | None) 
 
 def _grouped(p: Plan, key: Tensor | None) -> bool:
     """Whether the key's noise for each sample is whole groups of four, in the order tiles are walked."""
-    return key is not None and not p.sizes and p.strides[4][1] == 1 and p.strides[4][0] % 4 == 0
+    s_noise = p.strides[4]
+    return key is not None and not p.sizes and s_noise[1] == 1 and s_noise[0] % 4 == 0
 
 
 def _strides(*tensors: Tensor | None) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(None if t is None else t.stride() for t in tensors)
 
 
-def _settings(
-    p: Plan, key: Tensor | None, low: float, high: float, offset: float, temperature: float
-) -> tuple:
-    """The kernels' arguments from `sizes` to `log_temperature`."""
-    s_key = 2 if key is not None and key.dim() == 2 else 0
-    log_temperature = math.log(temperature) if temperature > 0 else -math.inf
-    return p.sizes, s_key, *p.counts, low, high, offset, temperature, log_temperature
+def _counts(p: Plan, key: Tensor | None) -> tuple[object, ...]:
+    """The kernels' arguments from `sizes` to `n_chunks`."""
+    return p.sizes, 2 if key is not None and key.dim() == 2 else 0, *p.counts
 
 
 def gaussian_sample_forward(
@@ -292,8 +288,8 @@ def gaussian_sample_forward(
     want_z: bool,
     want_kl: bool,
     want_log_prob: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The torch op ``genperf::gaussian_sample``."""
+) -> tuple[Tensor | None, ...]:
+    """The torch op ``genperf::gaussian_sample``; None for what is not wanted."""
     if not want_kl:
         prior_mean = prior_scale = None
     if not want_z and not want_log_prob:
@@ -322,7 +318,11 @@ def gaussian_sample_forward(
             kl,
             log_prob,
             p.strides,
-            *_settings(p, key, low, high, offset, temperature),
+            *_counts(p, key),
+            low,
+            high,
+            offset,
+            temperature,
             TRANSFORM=transform,
             REDUCE=reduce,
             GROUPED=_grouped(p, key),
@@ -331,12 +331,7 @@ def gaussian_sample_forward(
         )
         if reduce:
             kl, log_prob = (None if x is None else sum_chunks(x) for x in (kl, log_prob))
-    absent = mean.new_empty(0, dtype=torch.float32)
-    return (
-        mean.new_empty(0) if z is None else z,
-        absent if kl is None else kl,
-        absent.clone() if log_prob is None else log_prob,
-    )
+    return z, kl, log_prob
 
 
 def gaussian_sample_backward(
@@ -355,25 +350,21 @@ def gaussian_sample_backward(
     offset: float,
     temperature: float,
     reduce: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The torch op ``genperf::gaussian_sample_backward``."""
+) -> tuple[Tensor | None, ...]:
+    """The torch op ``genperf::gaussian_sample_backward``; None for a prior that plays no part."""
     if grad_kl is None:
         prior_mean = prior_scale = None
     if grad_z is None:
         noise = key = None
     inputs = (mean, scale, prior_mean, prior_scale)
     grads = [None if x is None else torch.empty_like(x) for x in inputs]
-    sums = _strides(grad_kl, grad_log_prob)
+    s_sums = _strides(grad_kl, grad_log_prob)
     s_noise = _noise_strides(mean.shape, noise, key)
-    p = plan(
-        mean.shape,
-        *_strides(*inputs),
-        s_noise,
-        *_strides(grad_z),
-        *((None, None) if reduce else sums),
-        *_strides(*grads),
-    )
-    strides = (*p.strides[:6], *sums, *p.strides[8:]) if reduce else p.strides
+    s_elements = (*_strides(*inputs), s_noise, *_strides(grad_z, *grads))
+    p = plan(mean.shape, *s_elements, *((None, None) if reduce else s_sums))
+    strides = (*p.strides[:-2], *s_sums) if reduce else p.strides
+    # Two Gaussians and their derivatives need twice the registers, hence half the elements a thread.
+    launch = LAUNCH if prior_mean is None else {**LAUNCH, "num_warps": 8}
     with on_device_of(mean):
         _backward_kernel[p.grid](
             grad_z,
@@ -384,14 +375,18 @@ def gaussian_sample_backward(
             None if key is None else key.contiguous(),
             *grads,
             strides,
-            *_settings(p, key, low, high, offset, temperature),
+            *_counts(p, key),
+            low,
+            high,
+            offset,
+            temperature,
             TRANSFORM=transform,
             REDUCE=reduce,
             GROUPED=_grouped(p, key),
             **p.constants,
-            **LAUNCH,
+            **launch,
         )
-    return tuple(mean.new_empty(0) if g is None else g for g in grads)
+    return tuple(grads)
 
 
 def _example(
@@ -435,10 +430,11 @@ _EXAMPLES: dict[str, dict] = {
     "soft clamp, prior": {"transform": SOFT_CLAMP, "prior": True, "reduce": False, "log_prob": True},
     "channels last": {"memory_format": torch.channels_last},
     "odd": {"shape": (3, 5, 7, 9)},
+    "long": {"shape": (1, 4, 1 << 15, 1 << 15)},
 }
 AOT = {
     f"{'backward' if backward else 'forward'} {name}".strip(): Example(
-        partial(_example, backward, **options), wide=name not in ("channels last", "odd"), quick=not name
+        partial(_example, backward, **options), wide=name not in ("channels last", "odd", "long"), quick=not name
     )
     for name, options in _EXAMPLES.items()
     for backward in (False, True)

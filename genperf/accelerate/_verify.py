@@ -113,7 +113,7 @@ def verify(
     call = call or _forward
     accelerated = copy.deepcopy(model)
     original = _restored(copy.deepcopy(model))
-    exact = copy.deepcopy(original).double()
+    exact = _in_float64(copy.deepcopy(original))
     gradients = gradients and any(p.requires_grad for p in model.parameters())
     tape = NoiseTape()
     with _random_state_preserved():
@@ -163,6 +163,15 @@ def _restored(model: nn.Module) -> nn.Module:
     for module in model.modules():
         restore_class(module)
     return model
+
+
+def _in_float64(model: nn.Module) -> nn.Module:
+    """``model`` with its parameters, buffers and plain tensor attributes in float64."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                vars(module)[name] = value.double()
+    return model.double()
 
 
 def _observe(

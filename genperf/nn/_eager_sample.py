@@ -22,7 +22,7 @@ from genperf.ops.gaussian_sample import (
 )
 
 #: Below this many elements the calls cost more than the arithmetic.
-FEW_ELEMENTS = 1 << 15
+FEW_ELEMENTS = 1 << 16
 
 Bounds = tuple[float, float]
 

@@ -5,6 +5,7 @@ import io
 import pickle
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -137,26 +138,42 @@ def test_data_parallel_replica(case):
     assert_same(seeded(wrapped, x), before)
 
 
-def test_distributed_data_parallel(case, tmp_path):
+@pytest.fixture(scope="session")
+def wrap(tmp_path_factory):
+    """DistributedDataParallel in a group of one process.
+
+    What was wrapped is kept until the end: torch deadlocks if the last reference to a gloo group goes
+    while its thread still releases a finished work (both want the interpreter's lock).
+    """
+    store = tmp_path_factory.mktemp("gloo") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    wrapped = []
+
+    def wrap(model):
+        wrapped.append(nn.parallel.DistributedDataParallel(model))
+        return wrapped[-1]
+
+    yield wrap
+    time.sleep(1)
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(case, wrap):
     model, x, before = case
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        report = genperf.accelerate(wrapped, mode="training")
-        assert report.accelerated
-        assert all(entry.name.startswith("module") for entry in report.accelerated)
-        output = seeded(wrapped, x)
-        assert_same(output, before)
-        sum(value.sum() for value in output).backward()
-        gradients = [p.grad.clone() for p in model.parameters()]
-        assert report.verify(x, seconds=0)
-        report.restore()
-        model.zero_grad()
-        sum(value.sum() for value in seeded(wrapped, x)).backward()
-        for a, b in zip(gradients, (p.grad for p in model.parameters()), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = wrap(model)
+    report = genperf.accelerate(wrapped, mode="training")
+    assert report.accelerated
+    assert all(entry.name.startswith("module") for entry in report.accelerated)
+    output = seeded(wrapped, x)
+    assert_same(output, before)
+    sum(value.sum() for value in output).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    assert report.verify(x, seconds=0)
+    report.restore()
+    model.zero_grad()
+    sum(value.sum() for value in seeded(wrapped, x)).backward()
+    for a, b in zip(gradients, (p.grad for p in model.parameters()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_compiles_without_a_graph_break(case):

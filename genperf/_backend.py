@@ -79,7 +79,9 @@ def unusable(name: str, device: str) -> str | None:
         return None if native else f"the extension module cannot be loaded ({_native_error})"
     if name == "cuda":
         if _emulated_cuda:
-            return None if device == "cpu" else f"CUDA is emulated on the CPU, and the tensors are on {device}"
+            return (
+                None if device == "cpu" else f"CUDA is emulated on the CPU, and the tensors are on {device}"
+            )
         if native is None:
             return f"the extension module cannot be loaded ({_native_error})"
         if not hasattr(native, "cuda"):
@@ -160,7 +162,8 @@ def _read_environment() -> None:
     if (isa := os.environ.get("GENPERF_CPU_ISA")) and native:
         if isa not in cpu_isas():
             raise ValueError(
-                f"environment variable GENPERF_CPU_ISA: {isa!r} cannot be used here; expected one of {cpu_isas()}"
+                f"environment variable GENPERF_CPU_ISA: {isa!r} cannot be used here; "
+                f"expected one of {cpu_isas()}"
             )
         native.set_isa(isa)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from genperf import _backend
 
@@ -38,7 +39,7 @@ class Choice:
 _recorder: list[Choice] | None = None
 
 _PLAIN = {
-    torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, list, torch.device, torch.Generator
+    Tensor, torch.nn.Parameter, type(None), bool, int, float, list, torch.device, torch.Generator
 }  # fmt: skip
 _compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -116,12 +117,17 @@ class Operator:
         return self._implementations[choice.backend].run(*args)
 
     def _find_usable(self, device: str) -> tuple[Implementation, ...]:
-        forced = _backend.forced()
-        names = self.backends if forced is None else (forced,) if forced in self._implementations else ()
         self._usable[device] = tuple(
-            self._implementations[name] for name in names if _backend.unusable(name, device) is None
+            self._implementations[name]
+            for name in self._allowed()
+            if name in self._implementations and _backend.unusable(name, device) is None
         )
         return self._usable[device]
+
+    def _allowed(self) -> tuple[str, ...]:
+        """The backends to try: all, or the forced one, which binds every op that has a choice."""
+        forced = _backend.forced()
+        return self.backends if forced is None or len(self._implementations) == 1 else (forced,)
 
     def choose(self, *args: Any) -> Choice:
         """The backend for these arguments of the torch op.
@@ -130,9 +136,8 @@ class Operator:
             RuntimeError: if a backend was forced that cannot take them.
         """
         device = _device_of(args)
-        forced = _backend.forced()
-        refusals = []
-        for name in self.backends if forced is None else (forced,):
+        refusals: list[tuple[str, str]] = []
+        for name in self._allowed():
             if name not in self._implementations:
                 reason: str | None = "this op has no such backend"
             else:
@@ -140,25 +145,26 @@ class Operator:
             if reason is None:
                 return Choice(self.name, name, tuple(refusals))
             refusals.append((name, reason))
-        raise RuntimeError(f"genperf::{self.name}: backend {forced!r} cannot run: {refusals[0][1]}")
+        name, why = refusals[0]
+        raise RuntimeError(f"genperf::{self.name}: backend {name!r} cannot run: {why}")
 
 
 def _present(results: Any, args: tuple[Any, ...]) -> Any:
     """The results as a torch op must return them: an empty tensor for each that was not asked for."""
     if not isinstance(results, tuple):
         return results
-    like = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    like = next(arg for arg in args if isinstance(arg, Tensor))
     return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
-def cuda_stream(tensor: torch.Tensor) -> int:
+def cuda_stream(tensor: Tensor) -> int:
     """The current CUDA stream of the tensor's device as a pointer; 0 where CUDA is emulated."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 def _device_of(args: tuple[Any, ...]) -> str:
     for arg in args:
-        if isinstance(arg, torch.Tensor):
+        if isinstance(arg, Tensor):
             return arg.device.type
         if isinstance(arg, torch.device):
             return arg.type

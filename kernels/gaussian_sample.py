@@ -434,7 +434,9 @@ _EXAMPLES: dict[str, dict] = {
 }
 AOT = {
     f"{'backward' if backward else 'forward'} {name}".strip(): Example(
-        partial(_example, backward, **options), wide=name not in ("channels last", "odd", "long"), quick=not name
+        partial(_example, backward, **options),
+        wide=name not in ("channels last", "odd", "long"),
+        quick=not name,
     )
     for name, options in _EXAMPLES.items()
     for backward in (False, True)

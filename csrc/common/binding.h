@@ -105,12 +105,18 @@ struct type_caster<genperf::View> {
       if (k.type == type.ptr()) return k.dtype;
     std::string name = str(type);
     genperf::DType dtype;
-    if (name == "torch.float32") dtype = genperf::DType::kFloat32;
-    else if (name == "torch.float16") dtype = genperf::DType::kFloat16;
-    else if (name == "torch.bfloat16") dtype = genperf::DType::kBFloat16;
-    else if (name == "torch.float64") dtype = genperf::DType::kFloat64;
-    else if (name == "torch.int64") dtype = genperf::DType::kInt64;
-    else throw type_error("genperf._native: unsupported dtype " + name);
+    if (name == "torch.float32")
+      dtype = genperf::DType::kFloat32;
+    else if (name == "torch.float16")
+      dtype = genperf::DType::kFloat16;
+    else if (name == "torch.bfloat16")
+      dtype = genperf::DType::kBFloat16;
+    else if (name == "torch.float64")
+      dtype = genperf::DType::kFloat64;
+    else if (name == "torch.int64")
+      dtype = genperf::DType::kInt64;
+    else
+      throw type_error("genperf._native: unsupported dtype " + name);
     known.push_back({type.inc_ref().ptr(), dtype});
     return dtype;
   }

@@ -14,7 +14,7 @@ inline namespace GENPERF_ISA {
 // Elements of a chunk at most; a multiple of every vector width and of 4.
 inline constexpr int kChunk = 512;
 // A chunk is computed up to the next multiple of this; the fixed number of partial sums of a reduction.
-inline constexpr int kPad = 16;
+inline constexpr int kPad = kLanes;
 
 inline int padded(int n) { return (n + kPad - 1) / kPad * kPad; }
 
@@ -56,7 +56,8 @@ inline void widen(const uint16_t* from, int64_t stride, int n, DType dtype, floa
   int i = 0;
 #if defined(__F16C__)
   if (dtype == DType::kFloat16 && stride == 1) {
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
   }
 #endif
   if (dtype == DType::kFloat16) {
@@ -72,7 +73,8 @@ inline void narrow(const float* from, int n, DType dtype, uint16_t* to, int64_t 
   int i = 0;
 #if defined(__F16C__)
   if (dtype == DType::kFloat16 && stride == 1) {
-    for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
   }
 #endif
   if (dtype == DType::kFloat16) {
@@ -133,14 +135,13 @@ inline void close_chunk(const View& v, int64_t start, int n, const float* data, 
   }
 }
 
-// The sum of n floats: element i goes to partial sum i % 16, whatever the vector width.
+// The sum of n floats: element i goes to partial sum i % 16.
 inline double sum_chunk(const float* x, int n) {
-  Vf partial[kPad / kLanes] = {};
+  Vf partial = splat<Vf>(0.0f);
   int i = 0;
-  for (; i + kPad <= n; i += kPad)
-    for (int part = 0; part < kPad / kLanes; ++part) partial[part] += load(x + i + part * kLanes);
+  for (; i + kPad <= n; i += kPad) partial = partial + load(x + i);
   float lanes[kPad];
-  for (int part = 0; part < kPad / kLanes; ++part) store(lanes + part * kLanes, partial[part]);
+  store(lanes, partial);
   for (; i < n; ++i) lanes[i % kPad] += x[i];
   double sum = 0.0;
   for (float lane : lanes) sum += lane;

@@ -9,8 +9,7 @@ bool has_isa(Isa isa) {
   switch (isa) {
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-             has_isa(Isa::avx2);
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && has_isa(Isa::avx2);
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
              __builtin_cpu_supports("f16c");

@@ -35,21 +35,21 @@ struct IsaTable {
 // GENPERF_ISA_TABLE(f, Args): declares `void f(const Args&)` in each instruction set's namespace, and
 // the table `f_isas` of them.
 #if defined(__x86_64__) && !defined(GENPERF_SIMT)
-#define GENPERF_ISA_TABLE(f, Args)                                \
-  namespace baseline {                                            \
-  void f(const Args&);                                            \
-  }                                                               \
-  namespace avx2 {                                                \
-  void f(const Args&);                                            \
-  }                                                               \
-  namespace avx512 {                                              \
-  void f(const Args&);                                            \
-  }                                                               \
-  constexpr IsaTable<Args> f##_isas{baseline::f, avx2::f, avx512::f}
+#define GENPERF_ISA_TABLE(f, Args) \
+  namespace baseline {             \
+  void f(const Args&);             \
+  }                                \
+  namespace avx2 {                 \
+  void f(const Args&);             \
+  }                                \
+  namespace avx512 {               \
+  void f(const Args&);             \
+  }                                \
+  constexpr IsaTable<Args> f##_isas { baseline::f, avx2::f, avx512::f }
 #else
-#define GENPERF_ISA_TABLE(f, Args)                                \
-  namespace baseline {                                            \
-  void f(const Args&);                                            \
-  }                                                               \
-  constexpr IsaTable<Args> f##_isas{baseline::f, baseline::f, baseline::f}
+#define GENPERF_ISA_TABLE(f, Args) \
+  namespace baseline {             \
+  void f(const Args&);             \
+  }                                \
+  constexpr IsaTable<Args> f##_isas { baseline::f, baseline::f, baseline::f }
 #endif

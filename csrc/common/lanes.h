@@ -1,5 +1,5 @@
-// What the templates of math.h and philox.h need of their element type: plain float, or a GCC/Clang
-// vector of floats. One line each: the scalar form, then the vector form.
+// What the templates of math.h and philox.h need of their element type F: plain float, as defined here,
+// or the block of 16 floats of simd.h, on which the same names and operators work.
 #pragma once
 
 #include <cmath>
@@ -54,8 +54,8 @@ GENPERF_HD T splat(S x) {
 }
 
 // select(mask, a, b): a where the mask holds, else b.
-template <class M, class T>
-GENPERF_HD T select(M mask, T a, T b) {
+template <class T>
+GENPERF_HD T select(bool mask, T a, T b) {
   return mask ? a : b;
 }
 
@@ -81,29 +81,11 @@ GENPERF_HD F from_bits(I i) {
     return x;
 #endif
   } else {
-    return (F)i;
-  }
-}
-
-template <class F, class I>
-GENPERF_HD F to_float(I i) {
-  if constexpr (std::is_arithmetic_v<F>) {
     return static_cast<F>(i);
-  } else {
-    return __builtin_convertvector(i, F);
   }
 }
 
-// truncate<I>(x): toward zero; |x| < 2^31.
-template <class I, class F>
-GENPERF_HD I truncate(F x) {
-  if constexpr (std::is_arithmetic_v<F>) {
-    return static_cast<I>(x);
-  } else {
-    return __builtin_convertvector(x, I);
-  }
-}
-
+GENPERF_HD float floats_of(int32_t i) { return static_cast<float>(i); }
 GENPERF_HD float abs(float x) { return std::fabs(x); }
 GENPERF_HD float sqrt_rn(float x) {
 #ifdef __CUDA_ARCH__

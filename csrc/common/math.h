@@ -1,7 +1,7 @@
 // Single-precision elementary functions, written once for every backend.
 //
-// Each function is a template over F: `float` (scalar host code and CUDA) or a GCC vector of floats
-// (the CPU kernels). Only IEEE +, -, *, /, sqrt, comparisons and integer operations are used, and the
+// Each function is a template over F: `float` (scalar host code and CUDA) or a block of 16 floats (the
+// CPU kernels). Only IEEE +, -, *, /, sqrt, comparisons and integer operations are used, and the
 // build forbids contraction into fused multiply-adds (-ffp-contract=off, -fmad=false), so the same
 // input gives the same bits on every instruction set and on the GPU.
 //
@@ -34,7 +34,7 @@ GENPERF_HD F log_normal(F x) {
   const I sqrt_half = splat<I>(0x3f3504f3);
   I e = (to_bits(x) - sqrt_half) >> 23;
   F m = from_bits<F>(to_bits(x) - (e << 23));
-  F fe = to_float<F>(e);
+  F fe = floats_of(e);
   F t = m - 1.0f;
   F z = t * t;
   F z2 = z * z;
@@ -139,7 +139,7 @@ GENPERF_HD void cos_sin_of_turn(UintOf<F> word, F& cosine, F& sine) {
   // The nearest axis in the upper two bits; from there, an angle in [-2^21, 2^21) of 2^22 a quadrant.
   I axis = (I)(word + 0x20000000u);
   I rest = (I)(word << 2) >> 10;
-  F x = (to_float<F>(rest) + 0.5f) * 3.7450705e-7f;  // (pi / 2) 2^-22
+  F x = (floats_of(rest) + 0.5f) * 3.7450705e-7f;  // (pi / 2) 2^-22
   F z = x * x;
   F s = splat<F>(-1.9515295891e-4f);
   s = s * z + 8.3321608736e-3f;

@@ -40,7 +40,7 @@ GENPERF_HD void philox4x32_10(uint32_t (&c)[4], uint32_t k0, uint32_t k1) {
 
 template <class F>
 GENPERF_HD F uniform_from_bits(UintOf<F> bits) {
-  return to_float<F>((IntOf<F>)(bits >> 8)) * 5.9604644775390625e-8f + 2.98023223876953125e-8f;
+  return floats_of((IntOf<F>)(bits >> 8)) * 5.9604644775390625e-8f + 2.98023223876953125e-8f;
 }
 
 // Input: the words of an even and of the next odd lane. Output: two independent standard normals.

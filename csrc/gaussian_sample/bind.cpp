@@ -4,8 +4,8 @@
 namespace genperf {
 namespace {
 
-GaussianArgs forward_args(View mean, View scale, View prior_mean, View prior_scale, View noise, View key, View z,
-                          View kl, View log_prob, int transform, float low, float high, float offset,
+GaussianArgs forward_args(View mean, View scale, View prior_mean, View prior_scale, View noise, View key,
+                          View z, View kl, View log_prob, int transform, float low, float high, float offset,
                           float temperature, bool reduce, View partials) {
   GaussianArgs a{};
   a.mean = mean, a.scale = scale, a.prior_mean = prior_mean, a.prior_scale = prior_scale;
@@ -18,13 +18,13 @@ GaussianArgs forward_args(View mean, View scale, View prior_mean, View prior_sca
   return a;
 }
 
-GaussianArgs backward_args(View grad_z, View grad_kl, View grad_log_prob, View mean, View scale, View prior_mean,
-                           View prior_scale, View noise, View key, View grad_mean, View grad_scale,
-                           View grad_prior_mean, View grad_prior_scale, int transform, float low, float high,
-                           float offset, float temperature, bool reduce) {
+GaussianArgs backward_args(View grad_z, View grad_kl, View grad_log_prob, View mean, View scale,
+                           View prior_mean, View prior_scale, View noise, View key, View grad_mean,
+                           View grad_scale, View grad_prior_mean, View grad_prior_scale, int transform,
+                           float low, float high, float offset, float temperature, bool reduce) {
   View none;
-  GaussianArgs a = forward_args(mean, scale, prior_mean, prior_scale, noise, key, none, none, none, transform, low,
-                                high, offset, temperature, reduce, none);
+  GaussianArgs a = forward_args(mean, scale, prior_mean, prior_scale, noise, key, none, none, none, transform,
+                                low, high, offset, temperature, reduce, none);
   a.grad_z = grad_z, a.grad_kl = grad_kl, a.grad_log_prob = grad_log_prob;
   a.grad_mean = grad_mean, a.grad_scale = grad_scale;
   a.grad_prior_mean = grad_prior_mean, a.grad_prior_scale = grad_prior_scale;

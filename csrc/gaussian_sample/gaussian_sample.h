@@ -29,11 +29,11 @@ struct GaussianArgs {
   View z, kl, log_prob;                       // forward: outputs, absent where not wanted
   View grad_z, grad_kl, grad_log_prob;        // backward: inputs, absent where zero
   View grad_mean, grad_scale, grad_prior_mean, grad_prior_scale;  // backward: outputs
-  View partials;                              // CUDA, reduce: float64 [2, B, partials_per_sample]
+  View partials;  // CUDA, reduce: float64 [2, B, partials_per_sample]
   Transform transform;
-  float low, high;     // bounds on scale (kLogVariance, kLogSigma), +-infinity for none
-  float offset;        // added to sigma (kSoftplus, kSoftClamp)
-  float temperature;   // multiplies the posterior's sigma
+  float low, high;    // bounds on scale (kLogVariance, kLogSigma), +-infinity for none
+  float offset;       // added to sigma (kSoftplus, kSoftClamp)
+  float temperature;  // multiplies the posterior's sigma
   bool reduce;
 };
 

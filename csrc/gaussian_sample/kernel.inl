@@ -23,8 +23,9 @@ struct Plan {
     per_sample = samples == 0 ? 0 : n / samples;
     samples_per_chunk = per_sample == 0 ? samples : per_sample >= kChunk ? 1 : kChunk / per_sample;
     chunks_per_sample = (per_sample + kChunk - 1) / kChunk;
-    chunks = n == 0 ? 0 : samples_per_chunk > 1 ? (samples + samples_per_chunk - 1) / samples_per_chunk
-                                                : samples * chunks_per_sample;
+    chunks = n == 0                  ? 0
+             : samples_per_chunk > 1 ? (samples + samples_per_chunk - 1) / samples_per_chunk
+                                     : samples * chunks_per_sample;
   }
 
   // Chunk c: elements [start, start + n) of samples [sample, sample + count).
@@ -57,10 +58,10 @@ const float* noise_chunk(const GaussianArgs& a, const View& noise, const Plan& p
                          PhiloxBuffer& buffer) {
   if (noise) return read_chunk(noise, r.start, r.n, reinterpret_cast<Buffer&>(buffer));
   if (!a.key) return nullptr;
-  if (a.key.ndim == 1)
-    return philox_chunk<Distribution::kNormal>(philox_key(a.key, 0), r.start, r.n, buffer);
+  if (a.key.ndim == 1) return philox_chunk<Distribution::kNormal>(philox_key(a.key, 0), r.start, r.n, buffer);
   int64_t first = r.start - r.sample * plan.per_sample;
-  if (r.count == 1) return philox_chunk<Distribution::kNormal>(philox_key(a.key, r.sample), first, r.n, buffer);
+  if (r.count == 1)
+    return philox_chunk<Distribution::kNormal>(philox_key(a.key, r.sample), first, r.n, buffer);
   PhiloxBuffer one;
   for (int64_t s = 0; s < r.count; ++s) {
     int n = static_cast<int>(plan.per_sample);
@@ -113,7 +114,8 @@ ForwardLoop forward_loop_for(const GaussianArgs& a, const GaussianParameters& p)
     case Transform::kSoftClamp:
       return forward_loop_for<Transform::kSoftClamp>(a);
     default:
-      return p.bounded() ? forward_loop_for<Transform::kLogVariance, true>(a) : forward_loop_for<Transform::kLogVariance>(a);
+      return p.bounded() ? forward_loop_for<Transform::kLogVariance, true>(a)
+                         : forward_loop_for<Transform::kLogVariance>(a);
   }
 }
 
@@ -207,7 +209,7 @@ void backward_loop(const BackwardChunk& chunk, int n, const GaussianParameters& 
   for (int i = 0; i < n; i += kLanes) {
     auto q = gaussian_from<kTransform, kBounded>(load(c.mean + i), load(c.scale + i), p);
     heat(q, p);
-    Vf by_mu{}, by_scale{};
+    Vf by_mu = splat<Vf>(0.0f), by_scale = by_mu;
     if (c.grad_z) {
       Vf gz = load(c.grad_z + i);
       by_mu = gz;
@@ -252,13 +254,14 @@ BackwardLoop backward_loop_for(const GaussianArgs& a, const GaussianParameters& 
     case Transform::kSoftClamp:
       return backward_loop_for<Transform::kSoftClamp>(a);
     default:
-      return p.bounded() ? backward_loop_for<Transform::kLogVariance, true>(a) : backward_loop_for<Transform::kLogVariance>(a);
+      return p.bounded() ? backward_loop_for<Transform::kLogVariance, true>(a)
+                         : backward_loop_for<Transform::kLogVariance>(a);
   }
 }
 
 // The gradient of a sum, repeated for each element of its sample.
-const float* read_gradient(const GaussianArgs& a, const View& gradient, const View& collapsed, const Plan::Range& r,
-                           Buffer& buffer) {
+const float* read_gradient(const GaussianArgs& a, const View& gradient, const View& collapsed,
+                           const Plan::Range& r, Buffer& buffer) {
   if (!gradient) return nullptr;
   if (!a.reduce) return read_chunk(collapsed, r.start, r.n, buffer);
   int n = static_cast<int>(r.n / r.count);

@@ -21,13 +21,15 @@ void philox_random(const PhiloxArgs& a) {
       for (int i = 0; i < count; i += 4) {
         uint32_t words[4];
         philox_words(key, (first + i) / 4, words);
-        for (int j = 0; j < 4 && i + j < count; ++j) static_cast<int64_t*>(a.out.data)[start + i + j] = words[j];
+        for (int j = 0; j < 4 && i + j < count; ++j)
+          static_cast<int64_t*>(a.out.data)[start + i + j] = words[j];
       }
       continue;
     }
     alignas(64) PhiloxBuffer buffer;
-    const float* x = a.kind == RandomKind::kNormal ? philox_chunk<Distribution::kNormal>(key, first, count, buffer)
-                                                   : philox_chunk<Distribution::kUniform>(key, first, count, buffer);
+    const float* x = a.kind == RandomKind::kNormal
+                         ? philox_chunk<Distribution::kNormal>(key, first, count, buffer)
+                         : philox_chunk<Distribution::kUniform>(key, first, count, buffer);
     std::memcpy(static_cast<float*>(a.out.data) + start, x, count * sizeof(float));
   }
 }

@@ -98,10 +98,11 @@ def _divergence_parts(q: _Gaussian, prior: _Gaussian | None) -> tuple[Tensor, Te
     return shift, torch.where(shift == 0, shift, shift * precision), 2 * (q.log_sigma - prior.log_sigma)
 
 
-def _noise(mean: Tensor, noise: Tensor | None, key: Tensor | None) -> Tensor | None:
-    if noise is not None:
-        return _widened(noise)
-    return None if key is None else reference_normals(mean.shape, key).to(_widened(mean).dtype)
+def _noise(mean: Tensor, noise: Tensor | None, key: Tensor | None) -> Tensor:
+    if noise is None:
+        assert key is not None
+        noise = reference_normals(mean.shape, key)
+    return noise.to(_widened(mean).dtype)
 
 
 def _reduced(x: Tensor, reduce: bool) -> Tensor:
@@ -120,7 +121,7 @@ def _reference(
     transform, low, high, offset, temperature, reduce, want_z, want_kl, want_log_prob,
 ):  # fmt: skip
     q = _gaussian(mean, scale, transform, low, high, offset, temperature)
-    eps = _noise(mean, noise, key)
+    eps = _noise(mean, noise, key) if want_z or want_log_prob else torch.empty(0)
     z = kl = log_prob = None
     if want_z:
         z = torch.empty_like(mean).copy_(q.mu + q.sigma * eps)
@@ -168,7 +169,7 @@ def _reference_backward(
 def _sum_like(mean: Tensor, reduce: bool) -> Tensor:
     """Room for kl or log_prob."""
     dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-    return mean.new_empty(mean.shape[0], dtype=dtype) if reduce else torch.empty_like(mean, dtype=dtype)
+    return mean.new_empty(len(mean), dtype=dtype) if reduce else torch.empty_like(mean, dtype=dtype)
 
 
 def _outputs(mean, scale, pm, ps, noise, key, t, lo, hi, offset, temperature, reduce, z, kl, log_prob):
@@ -205,13 +206,12 @@ def _cpu_backward(*args):
 
 def _cuda(*args):
     out = _outputs(*args)
-    mean, reduce = args[0], args[11]
+    mean, reduce = args[0], args[11] and (out[1] is not None or out[2] is not None)
     cuda = _backend.cuda_functions()
     partials = None
-    if reduce and (out[1] is not None or out[2] is not None):
-        blocks = -(-mean[:1].numel() // cuda.gaussian_sample_block_elements)
-        partials = mean.new_empty(2, mean.shape[0], blocks, dtype=torch.float64)
-    cuda.gaussian_sample_forward(*args[:6], *out, *args[6:12], partials, cuda_stream(mean))
+    if reduce and (blocks := -(-mean[:1].numel() // cuda.gaussian_sample_block_elements)) > 1:
+        partials = mean.new_empty(2, len(mean), blocks, dtype=torch.float64)
+    cuda.gaussian_sample_forward(*args[:6], *out, *args[6:11], reduce, partials, cuda_stream(mean))
     return out
 
 
@@ -279,11 +279,16 @@ class _GaussianSample(torch.autograd.Function):
         ctx.save_for_backward(*args[:6])
         ctx.settings = args[6:12]
         ctx.set_materialize_grads(False)
-        return tuple(x if wanted else None for x, wanted in zip(_forward_op(*args), args[12:], strict=True))
+        ctx.wanted = args[12:]
+        return tuple(args[0].new_empty(0) if out is None else out for out in _forward_op(*args))
 
     @staticmethod
     def backward(ctx, grad_z, grad_kl, grad_log_prob):
-        grads = (grad_z, grad_kl, grad_log_prob)
+        # A result that was not asked for may come with an empty gradient.
+        grads = [
+            g if asked else None
+            for g, asked in zip((grad_z, grad_kl, grad_log_prob), ctx.wanted, strict=True)
+        ]
         inputs = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return (None,) * 15
@@ -368,11 +373,14 @@ def gaussian_sample(
     differentiable = torch.is_grad_enabled() and (
         mean.requires_grad
         or scale.requires_grad
-        or (prior_mean is not None and (prior_mean.requires_grad or prior_scale.requires_grad))
+        or (prior_mean is not None and prior_mean.requires_grad)
+        or (prior_scale is not None and prior_scale.requires_grad)
     )
     z, divergence, density = _GaussianSample.apply(*args) if differentiable else _forward_op(*args)
     if reduction == "mean":
-        divergence, density = (x.mean() if asked else None for x, asked in ((divergence, kl), (density, log_prob)))
+        divergence, density = (
+            x.mean() if asked else None for x, asked in ((divergence, kl), (density, log_prob))
+        )
     return GaussianSample(z if sample else None, divergence if kl else None, density if log_prob else None)
 
 
@@ -385,14 +393,16 @@ def _check_pair(mean: Any, scale: Any, first: str, second: str) -> tuple[Tensor,
     if scale.dtype != mean.dtype:
         raise TypeError(f"gaussian_sample: {second} is {scale.dtype}, expected {mean.dtype}, as {first}")
     if scale.device != mean.device:
-        raise ValueError(f"gaussian_sample: {second} is on {scale.device}, expected {mean.device}, as {first}")
+        raise ValueError(
+            f"gaussian_sample: {second} is on {scale.device}, expected {mean.device}, as {first}"
+        )
     if scale.shape != mean.shape:
         try:
             mean, scale = torch.broadcast_tensors(mean, scale)
         except RuntimeError:
             raise ValueError(
-                f"gaussian_sample: {second} has shape {tuple(scale.shape)}, expected one that broadcasts with "
-                f"{first}, {tuple(mean.shape)}"
+                f"gaussian_sample: {second} has shape {tuple(scale.shape)}, expected one that broadcasts "
+                f"with {first}, {tuple(mean.shape)}"
             ) from None
     return mean, scale
 
@@ -400,7 +410,7 @@ def _check_pair(mean: Any, scale: Any, first: str, second: str) -> tuple[Tensor,
 def _check_prior(prior: Any, mean: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(prior, (tuple, list)) or len(prior) != 2:
         raise TypeError(f"gaussian_sample: prior is {type(prior).__name__}, expected a pair (mean, scale)")
-    prior_mean, prior_scale = _check_pair(*prior, "prior[0]", "prior[1]")
+    prior_mean, prior_scale = _check_pair(prior[0], prior[1], "prior[0]", "prior[1]")
     if prior_mean.dtype != mean.dtype:
         raise TypeError(f"gaussian_sample: prior is {prior_mean.dtype}, expected {mean.dtype}, as mean")
     if prior_mean.device != mean.device:
@@ -424,7 +434,8 @@ def _check_settings(
     """The torch op's transform, low, high, offset, temperature and reduce."""
     if parametrization not in TRANSFORMS:
         raise ValueError(
-            f"gaussian_sample: parametrization is {parametrization!r}, expected one of {', '.join(TRANSFORMS)}"
+            f"gaussian_sample: parametrization is {parametrization!r}, "
+            f"expected one of {', '.join(TRANSFORMS)}"
         )
     if reduction not in _REDUCTIONS:
         raise ValueError(
@@ -460,7 +471,9 @@ def _check_noise(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The noise or the key to use, drawn where neither was given."""
     if (noise is not None) + (key is not None) + (generator is not None) > 1:
-        raise ValueError("gaussian_sample: more than one of noise, key and generator is given, expected one at most")
+        raise ValueError(
+            "gaussian_sample: more than one of noise, key and generator is given, expected one at most"
+        )
     if rng not in ("philox", "torch"):
         raise ValueError(f"gaussian_sample: rng is {rng!r}, expected 'philox' or 'torch'")
     if noise is not None:
@@ -495,7 +508,7 @@ def torch_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Genera
 
     A list of generators draws one sample each; a CPU generator draws on the CPU for any device.
     """
-    if isinstance(generator, (list, tuple)):
+    if generator is not None and not isinstance(generator, torch.Generator):
         rows = [torch_noise(row[None], g) for row, g in zip(like, generator, strict=True)]
         return torch.cat(rows) if rows else torch.empty_like(like)
     device = like.device if generator is None else generator.device

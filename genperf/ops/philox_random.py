@@ -107,7 +107,9 @@ def reference_normals(shape: Sequence[int], key: Tensor) -> Tensor:
 def _reference(shape: list[int], key: Tensor, distribution: int) -> Tensor:
     if key.dim() == 2:
         rows = [_reference(shape[1:], k, distribution) for k in key.unbind()]
-        return torch.stack(rows) if rows else torch.empty(shape, dtype=_DTYPES[distribution], device=key.device)
+        return (
+            torch.stack(rows) if rows else torch.empty(shape, dtype=_DTYPES[distribution], device=key.device)
+        )
     n = math.prod(shape)
     if distribution == DISTRIBUTIONS["bits"]:
         return reference_words(n, key).view(shape)

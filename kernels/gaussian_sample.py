@@ -81,7 +81,8 @@ def _store(p, b, i_b, i_n, m, sizes, strides):
 def _load_gradient(p, n_samples, i_b, i_n, m, sizes, strides, REDUCE: tl.constexpr):
     """The gradient of a sum [BLOCK_B, 1], or that of each element [BLOCK_B, BLOCK_N]."""
     if REDUCE:
-        return tl.load(p + i_b * strides[0], mask=i_b < n_samples, other=0.0)
+        i_b = tl.reshape(i_b, [i_b.shape[0]])
+        return tl.load(p + i_b * strides[0], mask=i_b < n_samples, other=0.0)[:, None]
     else:
         return _load(p, i_b, i_n, m, sizes, strides)
 

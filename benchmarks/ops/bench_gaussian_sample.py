@@ -51,14 +51,12 @@ def diffusers(params: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def genperf(params: Tensor) -> tuple[Tensor, Tensor]:
-    mean, logvar = params.chunk(2, dim=1)
-    out = gaussian_sample(mean, logvar, clamp=_BOUNDS)
+    out = gaussian_sample(params, clamp=_BOUNDS)
     return out.z, out.kl
 
 
 def genperf_torch_rng(params: Tensor) -> tuple[Tensor, Tensor]:
-    mean, logvar = params.chunk(2, dim=1)
-    out = gaussian_sample(mean, logvar, clamp=_BOUNDS, rng="torch")
+    out = gaussian_sample(params, clamp=_BOUNDS, rng="torch")
     return out.z, out.kl
 
 

@@ -17,6 +17,8 @@ from genperf.ops.gaussian_sample import (
     TRANSFORMS,
     _backward_op,
     _forward_op,
+    _joined,
+    _packed_backward_op,
     _reference_backward,
     torch_noise,
 )
@@ -49,13 +51,19 @@ def draw_noise(like: Tensor, generator: Generator = None, device: torch.device |
 
 
 class _EagerSample(torch.autograd.Function):
-    """(mean, scale, noise) -> (z, kl or None); nothing of input size is kept but the inputs."""
+    """(mean, scale or None, noise) -> (z, kl or empty); nothing of input size is kept but the inputs.
+
+    Without a scale, ``mean`` holds both as its halves along dim 1.
+    """
 
     @staticmethod
     def forward(ctx, mean, scale, noise, transform, low, high, want_kl):
-        ctx.save_for_backward(mean, scale, None, None, noise, None)
+        ctx.save_for_backward(mean, scale, noise)
         ctx.settings = (transform, low, high, 0.0, 1.0, True)
+        ctx.want_kl = want_kl
         ctx.set_materialize_grads(False)
+        if scale is None:
+            mean, scale = mean.chunk(2, 1)
         if transform == TRANSFORMS["std"]:
             z = torch.mul(scale, noise)
         else:
@@ -65,23 +73,31 @@ class _EagerSample(torch.autograd.Function):
             z = z.exp_().mul_(noise)
         z.add_(mean)
         if not want_kl:
-            return z, None
+            return z, z.new_empty(0)
         kl = _forward_op(mean, scale, None, None, None, None, *ctx.settings, False, True, False)[1]
         return z, kl
 
     @staticmethod
     def backward(ctx, grad_z, grad_kl):
+        if not ctx.want_kl:
+            grad_kl = None
         if grad_z is None and grad_kl is None:
             return (None,) * 7
+        mean, scale, noise = ctx.saved_tensors
         # With create_graph=True the formulas themselves are differentiated.
-        run = _reference_backward if torch.is_grad_enabled() else _backward_op
-        grad_mean, grad_scale, _, _ = run(grad_z, grad_kl, None, *ctx.saved_tensors, *ctx.settings)
-        return grad_mean, grad_scale, *(None,) * 5
+        formulas = torch.is_grad_enabled()
+        if scale is None:
+            run = _joined(_reference_backward) if formulas else _packed_backward_op
+            grads = run(grad_z, grad_kl, None, mean, 1, None, None, noise, None, *ctx.settings)
+            return grads[0], *(None,) * 6
+        run = _reference_backward if formulas else _backward_op
+        grads = run(grad_z, grad_kl, None, mean, scale, None, None, noise, None, *ctx.settings)
+        return *grads[:2], *(None,) * 5
 
 
 def eager_sample(
     mean: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     noise: Tensor,
     *,
     parametrization: str = "logvar",
@@ -90,16 +106,20 @@ def eager_sample(
 ) -> tuple[Tensor, Tensor | None]:
     """``mean + sigma * noise`` with the bits of eager torch, and KL [B] to the standard normal or None.
 
-    ``mean``, ``scale`` and ``noise`` [B, *] have one shape and dtype; ``parametrization`` is "logvar",
+    ``mean``, ``scale`` and ``noise`` [B, *] have one shape and dtype; without a scale, ``mean`` [B, 2 C, *]
+    holds both as its halves along dim 1. ``parametrization`` is "logvar",
     "logsigma" or "std", as in :func:`genperf.ops.gaussian_sample`. Gradients come from one launch of
     the fused backward kernel; a second differentiation is supported. Where neither the kernel's backward
     nor its divergence can pay (few elements, or a std, whose gradient is one product), the operations
     are left to autograd.
     """
-    if not kl and (parametrization == "std" or mean.numel() < FEW_ELEMENTS):
+    if not kl and (parametrization == "std" or noise.numel() < FEW_ELEMENTS):
+        if scale is None:
+            mean, scale = mean.chunk(2, 1)
         if parametrization != "std":
             scale = scale if clamp is None else torch.clamp(scale, *clamp)
             scale = torch.exp(0.5 * scale if parametrization == "logvar" else scale)
         return mean + scale * noise, None
     low, high = clamp or (-math.inf, math.inf)
-    return _EagerSample.apply(mean, scale, noise, TRANSFORMS[parametrization], low, high, kl)
+    z, divergence = _EagerSample.apply(mean, scale, noise, TRANSFORMS[parametrization], low, high, kl)
+    return z, divergence if kl else None

@@ -106,10 +106,10 @@ class DiagonalGaussian:
             noise = draw_noise(self.mean, generator, self._noise_device)
             generator = None
         if noise is not None and noise.device.type == "cpu":
-            z, kl = eager_sample(self.mean, self._scale, noise, clamp=self.clamp, kl=want_kl)
+            z, kl = eager_sample(self.parameters, None, noise, clamp=self.clamp, kl=want_kl)
         else:
             z, kl, _ = gaussian_sample(
-                self.mean, self._scale, clamp=self.clamp, kl=want_kl, noise=noise, generator=generator
+                self.parameters, clamp=self.clamp, kl=want_kl, noise=noise, generator=generator
             )
         if want_kl:
             self._kl = kl
@@ -132,13 +132,17 @@ class DiagonalGaussian:
         return self._divergence(other, "none").sum(dim=(1, 2, 3))
 
     def _divergence(self, other: DiagonalGaussian | None, reduction: str) -> Tensor:
-        scale, prior, clamp = self._scale, None, self.clamp
-        if other is not None:
-            if isinstance(other, DiagonalGaussian) and other.clamp == clamp:
-                prior = (other.mean, other._scale)
+        if other is None:
+            kl = gaussian_sample(self.parameters, clamp=self.clamp, sample=False, reduction=reduction).kl
+        else:
+            scale, prior, clamp = self._scale, (other.mean, other.logvar), None
+            if isinstance(other, DiagonalGaussian) and other.clamp == self.clamp:
+                prior, clamp = (other.mean, other._scale), self.clamp
             else:
-                scale, prior, clamp = self.logvar, (other.mean, other.logvar), None
-        kl = gaussian_sample(self.mean, scale, clamp=clamp, prior=prior, sample=False, reduction=reduction).kl
+                scale = self.logvar
+            kl = gaussian_sample(
+                self.mean, scale, clamp=clamp, prior=prior, sample=False, reduction=reduction
+            ).kl
         return kl  # type: ignore[return-value]
 
     def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:

@@ -271,38 +271,103 @@ _backward_op.implement("cuda", _cuda_backward, _refuses_backward)
 _backward_op.implement("triton", _triton_backward, _refuses_backward)
 
 
+# Where mean and scale are the halves of one tensor along `dim`: the gradient is written in one piece,
+# where autograd would have to concatenate two.
+
+
+def _separated(grad_z, grad_kl, grad_log_prob, packed, dim, *rest):
+    """The arguments of ``gaussian_sample_backward``."""
+    return grad_z, grad_kl, grad_log_prob, *packed.chunk(2, dim), *rest
+
+
+def _packed_gradients(grad_z, grad_kl, grad_log_prob, packed, dim, prior_mean, prior_scale, *_):
+    with_prior = grad_kl is not None and prior_mean is not None
+    return (
+        torch.empty_like(packed),
+        torch.empty_like(prior_mean) if with_prior else None,
+        torch.empty_like(prior_scale) if with_prior else None,
+    )
+
+
+def _joined(backward):
+    """A backward pass over separate tensors, its first two gradients concatenated."""
+
+    def run(*args):
+        grad_mean, grad_scale, *of_prior = backward(*_separated(*args))
+        return torch.cat((grad_mean, grad_scale), args[4]), *of_prior
+
+    return run
+
+
+def _cpu_packed_backward(*args):
+    grads = _packed_gradients(*args)
+    halves, args = grads[0].chunk(2, args[4]), _separated(*args)
+    _backend.native.cpu.gaussian_sample_backward(*args[:9], *halves, *grads[1:], *args[9:])  # type: ignore[union-attr]
+    return grads
+
+
+def _cuda_packed_backward(*args):
+    grads = _packed_gradients(*args)
+    halves, args = grads[0].chunk(2, args[4]), _separated(*args)
+    stream = cuda_stream(args[3])
+    _backend.cuda_functions().gaussian_sample_backward(*args[:9], *halves, *grads[1:], *args[9:], stream)
+    return grads
+
+
+_packed_backward_op = Operator(
+    "gaussian_sample_packed_backward",
+    "(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_prob, Tensor packed, int dim,"
+    f" Tensor? prior_mean, Tensor? prior_scale, Tensor? noise, Tensor? key, {_SETTINGS})"
+    " -> (Tensor grad_packed, Tensor grad_prior_mean, Tensor grad_prior_scale)",
+    _joined(_reference_backward),
+    _packed_gradients,
+)
+_packed_backward_op.implement("cpu", _cpu_packed_backward, _refuses_backward)
+_packed_backward_op.implement("cuda", _cuda_packed_backward, _refuses_backward)
+_packed_backward_op.implement("triton", _joined(_triton_backward), _refuses_backward)
+
+
 class _GaussianSample(torch.autograd.Function):
-    """Saves the inputs alone; the backward pass regenerates the noise from the key."""
+    """Saves the inputs alone; the backward pass regenerates the noise from the key.
+
+    ``scale`` is None where ``mean`` is packed: then ``dim`` tells along which dimension.
+    """
 
     @staticmethod
-    def forward(ctx, *args):
-        ctx.save_for_backward(*args[:6])
-        ctx.settings = args[6:12]
+    def forward(ctx, dim, mean, scale, *args):
+        ctx.save_for_backward(mean, scale, *args[:4])
+        ctx.dim, ctx.settings, ctx.wanted = dim, args[4:10], args[10:]
         ctx.set_materialize_grads(False)
-        ctx.wanted = args[12:]
-        return tuple(args[0].new_empty(0) if out is None else out for out in _forward_op(*args))
+        halves = mean.chunk(2, dim) if scale is None else (mean, scale)
+        return tuple(mean.new_empty(0) if out is None else out for out in _forward_op(*halves, *args))
 
     @staticmethod
-    def backward(ctx, grad_z, grad_kl, grad_log_prob):
+    def backward(ctx, *grads):
         # A result that was not asked for may come with an empty gradient.
-        grads = [
-            g if asked else None
-            for g, asked in zip((grad_z, grad_kl, grad_log_prob), ctx.wanted, strict=True)
-        ]
-        inputs = ctx.saved_tensors
+        grads = tuple(grad if asked else None for grad, asked in zip(grads, ctx.wanted, strict=True))
         if all(grad is None for grad in grads):
-            return (None,) * 15
+            return (None,) * 16
+        mean, scale, prior_mean, *_ = inputs = ctx.saved_tensors
         # With create_graph=True the formulas themselves are differentiated.
-        run = _reference_backward if torch.is_grad_enabled() else _backward_op
-        result = run(*grads, *inputs, *ctx.settings)
-        with_prior = inputs[2] is not None and grad_kl is not None
-        return *result[:2], *(result[2:] if with_prior else (None, None)), *(None,) * 11
+        formulas = torch.is_grad_enabled()
+        of_prior: Sequence[Tensor | None]
+        if scale is None:
+            run = _joined(_reference_backward) if formulas else _packed_backward_op
+            of_mean, *of_prior = run(*grads, mean, ctx.dim, *inputs[2:], *ctx.settings)
+            of_scale = None
+        else:
+            run = _reference_backward if formulas else _backward_op
+            of_mean, of_scale, *of_prior = run(*grads, *inputs, *ctx.settings)
+        if prior_mean is None or grads[1] is None:
+            of_prior = (None, None)
+        return None, of_mean, of_scale, *of_prior, *(None,) * 11
 
 
 def gaussian_sample(
     mean: Tensor,
-    scale: Tensor,
+    scale: Tensor | None = None,
     *,
+    dim: int = 1,
     parametrization: str = "logvar",
     clamp: tuple[float, float] | None = None,
     offset: float | None = None,
@@ -331,6 +396,9 @@ def gaussian_sample(
             - "softplus": sigma = softplus(scale) + offset
             - "soft_clamp": sigma = exp(5 tanh(scale / 5)) + offset, and mu = 5 tanh(mean / 5); otherwise
               mu = mean
+            None: ``mean`` is packed, [B, 2 C, *], and its halves along ``dim`` are the mean and the
+            scale; its gradient then needs no concatenation.
+        dim: see ``scale``.
         clamp: (low, high) bounds on ``scale``, for "logvar" and "logsigma".
         offset: added to sigma, for "softplus" (default 0) and "soft_clamp" (default 0.01).
         temperature: multiplies sigma of q, not of the prior.
@@ -353,7 +421,11 @@ def gaussian_sample(
         ValueError: for shapes, devices, bounds or names that do not fit; the message says which.
         RuntimeError: if a backend was forced that cannot run.
     """
-    mean, scale = _check_pair(mean, scale, "mean", "scale")
+    packed = None
+    if scale is None:
+        packed, (mean, scale) = mean, _check_halves(mean, dim)
+    else:
+        mean, scale = _check_pair(mean, scale, "mean", "scale")
     if isinstance(clamp, list):
         clamp = tuple(clamp)
     check = _check_settings if torch.compiler.is_compiling() else _checked_settings
@@ -369,14 +441,19 @@ def gaussian_sample(
         noise, key = _check_noise(mean, noise, key, rng, generator)
     else:
         noise = key = None
-    args = (mean, scale, prior_mean, prior_scale, noise, key, *settings, sample, kl, log_prob)
+    args = (prior_mean, prior_scale, noise, key, *settings, sample, kl, log_prob)
     differentiable = torch.is_grad_enabled() and (
-        mean.requires_grad
+        (mean if packed is None else packed).requires_grad
         or scale.requires_grad
         or (prior_mean is not None and prior_mean.requires_grad)
         or (prior_scale is not None and prior_scale.requires_grad)
     )
-    z, divergence, density = _GaussianSample.apply(*args) if differentiable else _forward_op(*args)
+    if not differentiable:
+        z, divergence, density = _forward_op(mean, scale, *args)
+    elif packed is None:
+        z, divergence, density = _GaussianSample.apply(None, mean, scale, *args)
+    else:
+        z, divergence, density = _GaussianSample.apply(dim, packed, None, *args)
     if reduction == "mean":
         divergence, density = (
             x.mean() if asked else None for x, asked in ((divergence, kl), (density, log_prob))
@@ -405,6 +482,18 @@ def _check_pair(mean: Any, scale: Any, first: str, second: str) -> tuple[Tensor,
                 f"with {first}, {tuple(mean.shape)}"
             ) from None
     return mean, scale
+
+
+def _check_halves(packed: Any, dim: int) -> tuple[Tensor, Tensor]:
+    if not isinstance(packed, Tensor):
+        raise TypeError(f"gaussian_sample: mean is {type(packed).__name__}, expected a tensor")
+    if not -packed.dim() <= dim < packed.dim() or packed.shape[dim] % 2:
+        raise ValueError(
+            f"gaussian_sample: mean has shape {tuple(packed.shape)}, expected an even size in dimension "
+            f"{dim} to halve, since scale is None"
+        )
+    mean, scale = packed.detach().chunk(2, dim) if packed.shape[dim] else (packed.detach(), packed.detach())
+    return _check_pair(mean, scale, "mean", "scale")
 
 
 def _check_prior(prior: Any, mean: Tensor) -> tuple[Tensor, Tensor]:

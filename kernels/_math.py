@@ -98,11 +98,13 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """tanh(x), from e^-2|x| - 1."""
+    """tanh(x) and its derivative, from e^-2|x| - 1."""
     a = -2.0 * tl.abs(x)
-    e = exp_m1(a, exp(a))
-    t = tl.div_rn(-e, 2.0 + e)
-    return tl.where(x < 0.0, -t, t)
+    u = exp(a)
+    e = exp_m1(a, u)
+    d = 2.0 + e
+    t = tl.div_rn(-e, d)
+    return tl.where(x < 0.0, -t, t), tl.div_rn(4.0 * u, d * d)
 
 
 @triton.jit

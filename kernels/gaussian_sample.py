@@ -46,17 +46,17 @@ def _gaussian(b_mean, b_scale, low, high, shift, TRANSFORM: tl.constexpr):
         b_sigma = softplus(b_scale) + shift
         b_log_sigma = log(b_sigma)
         b_dsigma = sigmoid(b_scale)
-        b_dlog_sigma = tl.div_rn(b_dsigma, b_sigma)
+        # the limit, where both underflow
+        b_dlog_sigma = tl.where(b_sigma == 0.0, 1.0, tl.div_rn(b_dsigma, b_sigma))
     else:
         tl.static_assert(TRANSFORM == SOFT_CLAMP)
-        b_m = tanh(b_mean * 0.2)
+        b_m, b_dmu = tanh(b_mean * 0.2)
         b_mu = 5.0 * b_m
-        b_dmu = 1.0 - b_m * b_m
-        b_t = tanh(b_scale * 0.2)
+        b_t, b_dt = tanh(b_scale * 0.2)
         b_e = exp(5.0 * b_t)
         b_sigma = b_e + shift
         b_log_sigma = log(b_sigma)
-        b_dsigma = b_e * (1.0 - b_t * b_t)
+        b_dsigma = b_e * b_dt
         b_dlog_sigma = tl.div_rn(b_dsigma, b_sigma)
     return b_mu, b_sigma, b_log_sigma, b_dmu, b_dsigma, b_dlog_sigma
 

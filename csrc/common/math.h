@@ -123,12 +123,15 @@ GENPERF_HD F sigmoid(F x) {
   return select(x >= 0.0f, splat<F>(1.0f), e) / (1.0f + e);
 }
 
-// tanh(x), from e^-2|x| - 1.
+// tanh(x) and its derivative, from e^-2|x| - 1: neither 1 - tanh^2 nor a difference near 0 cancels.
 template <class F>
-GENPERF_HD F tanh(F x) {
+GENPERF_HD F tanh(F x, F& derivative) {
   F a = -2.0f * abs(x);
-  F e = exp_m1(a, exp(a));
-  F t = -e / (2.0f + e);
+  F u = exp(a);
+  F e = exp_m1(a, u);
+  F d = 2.0f + e;
+  F t = -e / d;
+  derivative = 4.0f * u / (d * d);
   return select(x < 0.0f, -t, t);
 }
 

@@ -47,16 +47,14 @@ GENPERF_HD Gaussian<F> gaussian_from(F mean, F scale, const GaussianParameters& 
     g.sigma = softplus(scale) + p.offset;
     g.log_sigma = log(g.sigma);
     g.d_sigma = sigmoid(scale);
-    g.d_log_sigma = g.d_sigma / g.sigma;
-  } else {  // kSoftClamp
-    F t = tanh(scale * 0.2f);
-    F e = exp(5.0f * t);
-    F m = tanh(mean * 0.2f);
-    g.mu = 5.0f * m;
-    g.d_mu = 1.0f - m * m;
+    g.d_log_sigma = select(g.sigma == 0.0f, one, g.d_sigma / g.sigma);  // the limit, where both underflow
+  } else {                                                              // kSoftClamp
+    F d_t;
+    F e = exp(5.0f * tanh(scale * 0.2f, d_t));
+    g.mu = 5.0f * tanh(mean * 0.2f, g.d_mu);
     g.sigma = e + p.offset;
     g.log_sigma = log(g.sigma);
-    g.d_sigma = e * (1.0f - t * t);
+    g.d_sigma = e * d_t;
     g.d_log_sigma = g.d_sigma / g.sigma;
   }
   return g;

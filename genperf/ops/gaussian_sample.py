@@ -67,11 +67,11 @@ def _gaussian(
         if transform == TRANSFORMS["softplus"]:
             sigma, d_sigma = F.softplus(scale) + offset, scale.sigmoid()
         else:
-            t, m = torch.tanh(scale / 5), torch.tanh(mean / 5)
-            mu, d_mu = 5 * m, 1 - m * m
-            e = (5 * t).exp()
-            sigma, d_sigma = e + offset, e * (1 - t * t)
-        log_sigma, d_log_sigma = sigma.log(), d_sigma / sigma
+            e = (5 * torch.tanh(scale / 5)).exp()
+            mu, d_mu = 5 * torch.tanh(mean / 5), torch.cosh(mean / 5) ** -2
+            sigma, d_sigma = e + offset, e * torch.cosh(scale / 5) ** -2
+        # 1 is the limit of the softplus, where both underflow.
+        log_sigma, d_log_sigma = sigma.log(), torch.where(sigma == 0, one, d_sigma / sigma)
     return _Gaussian(
         mu, sigma * temperature, log_sigma + math.log(temperature), d_mu, d_sigma * temperature, d_log_sigma
     )
@@ -600,5 +600,9 @@ def torch_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Genera
     if generator is not None and not isinstance(generator, torch.Generator):
         rows = [torch_noise(row[None], g) for row, g in zip(like, generator, strict=True)]
         return torch.cat(rows) if rows else torch.empty_like(like)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"gaussian_sample: generator is {type(generator).__name__}, expected a torch.Generator or a list of them"
+        )
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)

@@ -1,0 +1,1 @@
+"""What the tests share: the backends to run on, the cases of the ops, and the contract that they keep."""

@@ -1,0 +1,170 @@
+"""The contract of every op on every backend. The cases are the tables ``CASES`` of tests/ops/test_<op>.py."""
+
+from __future__ import annotations
+
+import pkgutil
+
+import pytest
+import torch
+from genperf_testing import contract
+from genperf_testing.cases import EMPTY, all_cases
+
+import genperf
+
+CASES = [(op, case) for op, cases in all_cases().items() for case in cases]
+any_case = pytest.mark.parametrize("case", [pytest.param(c, id=f"{op}-{c.name}") for op, c in CASES])
+differentiable_case = pytest.mark.parametrize(
+    "case", [pytest.param(c, id=f"{op}-{c.name}") for op, c in CASES if c.inputs(c.shapes[0])]
+)
+per_sample_case = pytest.mark.parametrize(
+    "case", [pytest.param(c, id=f"{op}-{c.name}") for op, c in CASES if c.per_sample]
+)
+
+
+#: Longer than a chunk, a tile and a block, and more than one thread's work.
+LONG = (3, 9001)
+
+#: Where Triton is interpreted, these stand for all shapes and layouts; the tests marked slow take them all.
+FEW_SHAPES = ((5, 24), (2, 1100), (0, 4), (3, 0))
+FEW_LAYOUTS = ("middle of channels last", "every third element", "expanded last dimension")
+
+
+def test_every_op_has_cases():
+    ops = {module.name for module in pkgutil.iter_modules(genperf.ops.__path__)}
+    assert set(all_cases()) == ops
+    for op, cases in all_cases().items():
+        assert len({case.name for case in cases}) == len(cases) > 0, op
+
+
+@any_case
+def test_accuracy(case, backend):
+    for shape in case.shapes:
+        if not backend.interpreted or shape in FEW_SHAPES:
+            contract.check_accuracy(case, shape, torch.float32, backend.device)
+
+
+@any_case
+def test_accuracy_of_long_samples(case, backend):
+    if backend.interpreted:
+        pytest.skip("the slow tests do it")
+    contract.check_accuracy(case, (2, 5003), torch.float32, backend.device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@any_case
+def test_accuracy_in_half_precision(case, backend, dtype):
+    if dtype not in case.dtypes:
+        pytest.skip(f"does not take {dtype}")
+    if backend.interpreted and dtype == torch.float16:
+        pytest.skip("the slow tests do it")
+    for shape in ((5, 24),) if backend.interpreted else ((5, 24), (2, 3, 5, 4), (2, 1100)):
+        contract.check_accuracy(case, shape, dtype, backend.device)
+
+
+@any_case
+def test_layouts(case, kernel):
+    for layout in FEW_LAYOUTS if kernel.interpreted else contract.LAYOUTS:
+        contract.check_layout(case, (2, 3, 4, 5), layout, torch.float32, kernel.device)
+    if not kernel.interpreted:
+        contract.check_layout(case, (2, 2, 3, 2, 3), "reversed dimensions", torch.bfloat16, kernel.device)
+        contract.check_layout(case, (2, 620), "every third element", torch.float16, kernel.device)
+
+
+@pytest.mark.slow
+@any_case
+def test_all_shapes_and_layouts_interpreted(case, kernel):
+    if not kernel.interpreted:
+        pytest.skip("the other tests do it")
+    for shape in (*case.shapes, (2, 5003)):
+        contract.check_accuracy(case, shape, torch.float32)
+        contract.check_accuracy(case, shape, torch.bfloat16)
+        contract.check_accuracy(case, shape, torch.float16)
+    for layout in contract.LAYOUTS:
+        contract.check_layout(case, (2, 3, 4, 5), layout, torch.float32)
+
+
+@any_case
+def test_nan_stays_at_its_place(case, kernel):
+    contract.check_nan_locality(case, kernel.device)
+
+
+@any_case
+def test_repeatable(case, kernel):
+    if kernel.interpreted:
+        contract.check_repeatable(case, (2, 1100), thread_counts=(2,))
+    else:
+        contract.check_repeatable(case, LONG, kernel.device)
+
+
+@per_sample_case
+def test_batch_composition(case, kernel):
+    for shape in ((2, 1100),) if kernel.interpreted else ((5, 24), (3, 7), (2, 1100), LONG):
+        contract.check_batch_composition(case, shape, kernel.device)
+
+
+@differentiable_case
+def test_backward_again(case, kernel):
+    contract.check_retained_graph(case, kernel.device)
+
+
+@differentiable_case
+def test_double_backward(case, kernel):
+    contract.check_double_backward(case, kernel.device)
+
+
+@differentiable_case
+def test_saves_only_inputs(case, backend):
+    contract.check_saves_only_inputs(case, (5, 24), backend.device)
+
+
+@any_case
+def test_compile(case, device):
+    contract.check_compile(case, (5, 24), device)
+
+
+@pytest.mark.slow
+@any_case
+def test_compile_with_inductor(case):
+    contract.check_compile(case, (5, 24), compiler="inductor")
+
+
+@differentiable_case
+def test_gradients_by_finite_differences(case):
+    if not case.smooth:
+        pytest.skip("not differentiable where it is evaluated")
+    inputs, constants = case.tensors((2, 3), torch.float64)
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def function(*xs):
+        return tuple(y for y in case.function(*xs, *constants) if y is not None)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@any_case
+def test_opcheck(case, backend):
+    """torch's own checks of the schema and the fake kernels."""
+    for overload, args in contract.recorded_calls(case, (3, 7), backend.device):
+        torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@any_case
+def test_opcheck_with_dynamic_shapes(case, device):
+    for overload, args in contract.recorded_calls(case, (3, 7), device):
+        torch.library.opcheck(overload, args)
+
+
+@any_case
+def test_opcheck_of_empty_tensors(case, device):
+    for shape in EMPTY:
+        for overload, args in contract.recorded_calls(case, shape, device):
+            torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@any_case
+def test_cuda_graph(case, kernel):
+    if kernel.device != "cuda":
+        pytest.skip("only a GPU captures graphs")
+    for shape in ((5, 24), LONG):
+        contract.check_cuda_graph(case, shape)

@@ -597,7 +597,7 @@ def torch_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Genera
 
     A list of generators draws one sample each; a CPU generator draws on the CPU for any device.
     """
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if isinstance(generator, (list, tuple)):
         rows = [torch_noise(row[None], g) for row, g in zip(like, generator, strict=True)]
         return torch.cat(rows) if rows else torch.empty_like(like)
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 BUILD_INPUTS := constraints.txt pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-NATIVE_SOURCES := $(shell find csrc tests/simt -type f \( -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \))
+NATIVE_SOURCES := $(shell find csrc tests/simt tests/isa -type f \( -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' \))
 
 .PHONY: test test-all demo lint format bench wheel clean install
 .DELETE_ON_ERROR:

@@ -89,9 +89,10 @@ def unusable(name: str, device: str) -> str | None:
         return None if device == "cuda" else f"the tensors are on {device}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device == "cuda" or (device == "cpu" and interpreting()):
+    if device == "cuda" or (device == "cpu" and interpreting() and _forced == "triton"):
         return None
-    return f"the tensors are on {device}" + ("; TRITON_INTERPRET=1 interprets it" if device == "cpu" else "")
+    hint = "; TRITON_INTERPRET=1 interprets it, where it is asked for" if device == "cpu" else ""
+    return f"the tensors are on {device}{hint}"
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def _forward_kernel(
             b_shift = _shift(b_mu - b_prior_mu, b_prior_log_sigma)
             b_log_ratio = 2.0 * (b_log_sigma - b_prior_log_sigma)
             b_ratio = exp(b_log_ratio)
-        b_kl = saturate(0.5 * (b_shift * b_shift) + 0.5 * exp_m1_mx(b_log_ratio, b_ratio))
+        b_kl = saturate(0.5 * b_shift * b_shift + 0.5 * exp_m1_mx(b_log_ratio, b_ratio))
         _store_result(p_kl, b_kl, n_samples, n_chunks, i_chunk, i_b, i_n, m, sizes, s_kl, REDUCE)
     if p_log_prob is not None:
         b_log_prob = -0.5 * (b_eps * b_eps) - b_log_sigma - 0.5 * LOG_2PI

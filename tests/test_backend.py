@@ -148,9 +148,6 @@ def test_autocast_and_inference_mode_change_nothing():
     assert torch.equal(out.kl, expected.kl)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an interpreted Triton is preferred to the reference even if nobody asked for it"
-)
 def test_the_interpreter_runs_only_where_it_is_forced(monkeypatch):
     """As ENVIRONMENT.md has it: it is some thousand times slower than the reference."""
     pytest.importorskip("triton")

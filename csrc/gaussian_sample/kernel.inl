@@ -123,7 +123,7 @@ ForwardLoop forward_loop_for(const GaussianArgs& a, const GaussianParameters& p)
 class Sums {
  public:
   Sums(const View& output, const Plan& plan, bool wanted)
-      : output_(output), plan_(plan), partial_(wanted ? new double[plan.samples * columns()] : nullptr) {}
+      : output_(output), plan_(plan), partial_(wanted ? new double[plan.samples * columns()]() : nullptr) {}
   ~Sums() { delete[] partial_; }
   Sums(const Sums&) = delete;
   Sums& operator=(const Sums&) = delete;

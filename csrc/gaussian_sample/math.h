@@ -76,7 +76,7 @@ GENPERF_HD F saturate(F kl) {
 // KL(q || N(0, 1)).
 template <class F>
 GENPERF_HD F divergence(const Gaussian<F>& q) {
-  return saturate(0.5f * (q.mu * q.mu) + 0.5f * exp_m1_mx(2.0f * q.log_sigma, q.sigma * q.sigma));
+  return saturate(0.5f * q.mu * q.mu + 0.5f * exp_m1_mx(2.0f * q.log_sigma, q.sigma * q.sigma));
 }
 
 // (mu - mu') / sigma' from log sigma', so that two equal means never meet an infinite 1 / sigma'.
@@ -92,7 +92,7 @@ template <class F>
 GENPERF_HD F divergence(const Gaussian<F>& q, const Gaussian<F>& prior) {
   F shift = standardized_shift(q, prior);
   F d = 2.0f * (q.log_sigma - prior.log_sigma);
-  return saturate(0.5f * (shift * shift) + 0.5f * exp_m1_mx(d, exp(d)));
+  return saturate(0.5f * shift * shift + 0.5f * exp_m1_mx(d, exp(d)));
 }
 
 // log q(mu + sigma eps).

@@ -602,7 +602,8 @@ def torch_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Genera
         return torch.cat(rows) if rows else torch.empty_like(like)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(
-            f"gaussian_sample: generator is {type(generator).__name__}, expected a torch.Generator or a list of them"
+            f"gaussian_sample: generator is {type(generator).__name__}, expected a torch.Generator or a list "
+            "of them"
         )
     device = like.device if generator is None else generator.device
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)

@@ -26,7 +26,7 @@ LONG = (3, 9001)
 
 #: Where Triton is interpreted, these stand for all shapes and layouts; the tests marked slow take them all.
 FEW_SHAPES = ((5, 24), (2, 1100), (0, 4), (3, 0))
-FEW_LAYOUTS = ("middle of channels last", "every third element", "expanded last dimension")
+FEW_LAYOUTS = ("middle of channels last", "expanded last dimension")
 
 
 def test_every_op_has_cases():
@@ -90,6 +90,8 @@ def test_nan_stays_at_its_place(case, kernel):
 
 @any_case
 def test_repeatable(case, kernel):
+    if kernel.interpreted and case.per_sample:
+        pytest.skip("test_batch_composition shows it, and calls are slow")
     if kernel.interpreted:
         contract.check_repeatable(case, (2, 1100), thread_counts=(2,))
     else:
@@ -157,7 +159,7 @@ def test_opcheck_with_dynamic_shapes(case, device):
 
 @any_case
 def test_opcheck_of_empty_tensors(case, device):
-    for shape in EMPTY:
+    for shape in set(EMPTY) & set(case.shapes):
         for overload, args in contract.recorded_calls(case, shape, device):
             torch.library.opcheck(overload, args, test_utils=("test_schema", "test_faketensor"))
 

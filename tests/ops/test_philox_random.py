@@ -168,21 +168,22 @@ FLAGS = {
 }
 
 
-@pytest.fixture(params=FLAGS)
-def library(request, tmp_path):
+@pytest.fixture(scope="module", params=FLAGS)
+def library(request, tmp_path_factory):
     """The C++ headers, compiled as they are for an instruction set."""
     if request.param not in genperf.cpu_isas():
         pytest.skip(f"this processor has no {request.param}")
     compiler = os.environ.get("CXX", "c++")
-    source = tmp_path / "blocks.cpp"
+    folder = tmp_path_factory.mktemp("blocks")
+    source = folder / "blocks.cpp"
     source.write_text(SOURCE)
     subprocess.run(
         [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-psabi",
          f"-DGENPERF_ISA={request.param}", *FLAGS[request.param], f"-I{TESTS.parent / 'csrc'}", str(source),
-         "-o", str(tmp_path / "blocks.so")],
+         "-o", str(folder / "blocks.so")],
         check=True,
     )  # fmt: skip
-    return ctypes.CDLL(str(tmp_path / "blocks.so"))
+    return ctypes.CDLL(str(folder / "blocks.so"))
 
 
 def _uint64(*numbers):
@@ -208,11 +209,10 @@ def test_normals_of_the_headers(library, start):
     assert torch.equal(torch.from_numpy(out), expected)
 
 
-def test_blocks_of_triton(tmp_path):
-    triton = pytest.importorskip("triton")
+def test_blocks_of_triton():
+    pytest.importorskip("triton")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs the interpreter or a GPU")
-    assert triton
     kernels = load(TESTS / "ops" / "triton_blocks.py", "genperf_triton_blocks")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     examples = [*BLOCKS, *((tuple(KEY.tolist()), g, words_of(KEY, g)) for g in GROUPS)]

@@ -57,7 +57,7 @@ def test_accuracy_in_half_precision(case, backend, dtype):
         pytest.skip(f"does not take {dtype}")
     if backend.interpreted and dtype == torch.float16:
         pytest.skip("the slow tests do it")
-    for shape in ((5, 24),) if backend.interpreted else ((5, 24), (2, 3, 5, 4), (2, 1100)):
+    for shape in ((5, 24),) if backend.interpreted else ((5, 24), (2, 1100)):
         contract.check_accuracy(case, shape, dtype, backend.device)
 
 
@@ -111,6 +111,8 @@ def test_backward_again(case, kernel):
 
 @differentiable_case
 def test_double_backward(case, kernel):
+    if kernel.interpreted:
+        pytest.skip("the formulas are torch's, and calls are slow")
     contract.check_double_backward(case, kernel.device)
 
 

@@ -134,7 +134,7 @@ def truth_of(case: Case, shape: Shape, dtype: torch.dtype, device: str) -> Truth
         None if e is None else e.double().abs() for e in exact.outputs + exact.gradients
     ]
     weights = [w if w is None or w.numel() == 0 else w + w.median() for w in weights]
-    for i in range(4):
+    for i in range(3):
         near = _exact(case, moved(inputs, i), moved(constants, i, "c"), moved(yardstick.cotangents, i, "g"))
         changes = zip(near.outputs + near.gradients, exact.outputs + exact.gradients, strict=True)
         for k, (n, e) in enumerate(changes):
@@ -264,7 +264,7 @@ def check_batch_composition(case: Case, shape: Shape, device: str = "cpu") -> No
     """A sample's results do not depend on the others that are in its batch."""
     inputs, constants = case.tensors(shape, torch.float32, device)
     whole = run(case, inputs, constants)
-    for rows in ([shape[0] - 1], [1, 0, 1]):
+    for rows in ([1], [1, 0, 1]):
         some = run(
             case,
             [x[rows] for x in inputs],

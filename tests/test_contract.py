@@ -20,13 +20,20 @@ per_sample_case = pytest.mark.parametrize(
     "case", [pytest.param(c, id=f"{op}-{c.name}") for op, c in CASES if c.per_sample]
 )
 
-
 #: Longer than a chunk, a tile and a block, and more than one thread's work.
 LONG = (3, 9001)
 
-#: Where Triton is interpreted, these stand for all shapes and layouts; the tests marked slow take them all.
+#: For Triton these stand for all shapes and layouts; where it is interpreted, the slow tests take them all.
 FEW_SHAPES = ((5, 24), (2, 1100), (0, 4), (3, 0))
 FEW_LAYOUTS = ("middle of channels last", "expanded last dimension")
+
+#: Where each shape and layout is compiled anew, two cases of each op stand for all but in the smallest shape.
+MAIN_CASES = [case for cases in all_cases().values() for case in cases[:2]]
+
+
+def skip_if_compiling(case, backend):
+    if backend.compiling and case not in MAIN_CASES:
+        pytest.skip("other cases stand for this one, since each shape and layout is compiled")
 
 
 def test_every_op_has_cases():
@@ -38,34 +45,39 @@ def test_every_op_has_cases():
 
 @any_case
 def test_accuracy(case, backend):
-    for shape in case.shapes:
-        if not backend.interpreted or shape in FEW_SHAPES:
-            contract.check_accuracy(case, shape, torch.float32, backend.device)
+    shapes = case.shapes
+    if backend.costly:
+        few = FEW_SHAPES if case in MAIN_CASES or not backend.compiling else FEW_SHAPES[:1]
+        shapes = [shape for shape in few if shape in case.shapes]
+    for shape in shapes:
+        contract.check_accuracy(case, shape, torch.float32, backend.device)
 
 
 @any_case
 def test_accuracy_of_long_samples(case, backend):
-    if backend.interpreted:
-        pytest.skip("the slow tests do it")
+    if backend.costly:
+        pytest.skip("of five tiles, where the other tests have two; the slow tests interpret it")
     contract.check_accuracy(case, (2, 5003), torch.float32, backend.device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @any_case
 def test_accuracy_in_half_precision(case, backend, dtype):
+    skip_if_compiling(case, backend)
     if dtype not in case.dtypes:
         pytest.skip(f"does not take {dtype}")
-    if backend.interpreted and dtype == torch.float16:
+    if backend.costly and dtype == torch.float16:
         pytest.skip("the slow tests do it")
-    for shape in ((5, 24),) if backend.interpreted else ((5, 24), (2, 1100)):
+    for shape in ((5, 24),) if backend.costly else ((5, 24), (2, 1100)):
         contract.check_accuracy(case, shape, dtype, backend.device)
 
 
 @any_case
 def test_layouts(case, kernel):
-    for layout in FEW_LAYOUTS if kernel.interpreted else contract.LAYOUTS:
+    skip_if_compiling(case, kernel)
+    for layout in FEW_LAYOUTS if kernel.costly else contract.LAYOUTS:
         contract.check_layout(case, (2, 3, 4, 5), layout, torch.float32, kernel.device)
-    if not kernel.interpreted:
+    if not kernel.costly:
         contract.check_layout(case, (2, 2, 3, 2, 3), "reversed dimensions", torch.bfloat16, kernel.device)
         contract.check_layout(case, (2, 620), "every third element", torch.float16, kernel.device)
 
@@ -73,7 +85,7 @@ def test_layouts(case, kernel):
 @pytest.mark.slow
 @any_case
 def test_all_shapes_and_layouts_interpreted(case, kernel):
-    if not kernel.interpreted:
+    if not kernel.costly or kernel.compiling:
         pytest.skip("the other tests do it")
     for shape in (*case.shapes, (2, 5003)):
         contract.check_accuracy(case, shape, torch.float32)
@@ -90,17 +102,19 @@ def test_nan_stays_at_its_place(case, kernel):
 
 @any_case
 def test_repeatable(case, kernel):
-    if kernel.interpreted and case.per_sample:
+    skip_if_compiling(case, kernel)
+    if kernel.costly and case.per_sample:
         pytest.skip("test_batch_composition shows it, and calls are slow")
-    if kernel.interpreted:
-        contract.check_repeatable(case, (2, 1100), thread_counts=(2,))
+    if kernel.costly:
+        contract.check_repeatable(case, (2, 1100), kernel.device, thread_counts=(2,))
     else:
         contract.check_repeatable(case, LONG, kernel.device)
 
 
 @per_sample_case
 def test_batch_composition(case, kernel):
-    for shape in ((2, 1100),) if kernel.interpreted else ((5, 24), (3, 7), (2, 1100), LONG):
+    skip_if_compiling(case, kernel)
+    for shape in ((2, 1100),) if kernel.costly else ((5, 24), (3, 7), (2, 1100), LONG):
         contract.check_batch_composition(case, shape, kernel.device)
 
 
@@ -111,7 +125,7 @@ def test_backward_again(case, kernel):
 
 @differentiable_case
 def test_double_backward(case, kernel):
-    if kernel.interpreted:
+    if kernel.costly:
         pytest.skip("the formulas are torch's, and calls are slow")
     contract.check_double_backward(case, kernel.device)
 
@@ -170,5 +184,5 @@ def test_opcheck_of_empty_tensors(case, device):
 def test_cuda_graph(case, kernel):
     if kernel.device != "cuda":
         pytest.skip("only a GPU captures graphs")
-    for shape in ((5, 24), LONG):
+    for shape in ((5, 24),) if kernel.compiling else ((5, 24), LONG):
         contract.check_cuda_graph(case, shape)

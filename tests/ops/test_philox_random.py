@@ -243,7 +243,7 @@ def test_the_same_bits(kernel, distribution):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_the_same_bits_for_many_keys(kernel, distribution):
     """High words of seed and offset, and samples that are no whole number of groups."""
-    numbers = 150 if kernel.interpreted else 4000
+    numbers = 150 if kernel.costly else 4000
     keys = torch.randint(-(2**63), 2**63 - 1, (numbers, 2), generator=torch.Generator().manual_seed(0))
     with genperf.backend("reference"):
         expected = philox_random((40, 23), keys[:40], distribution)

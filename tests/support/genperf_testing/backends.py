@@ -48,9 +48,14 @@ class Backend:
     isa: str | None = None
 
     @property
-    def interpreted(self) -> bool:
-        """Whether it takes a tenth of a second for the smallest call."""
-        return self.name == "triton"
+    def costly(self) -> bool:
+        """Whether the smallest call takes a tenth of a second, interpreted, or each new shape a second."""
+        return self.backend == "triton"
+
+    @property
+    def compiling(self) -> bool:
+        """Whether new shapes and layouts are compiled when they come."""
+        return self.name == "triton-gpu"
 
     def missing(self) -> str | None:
         """What this machine lacks to run it; None if nothing."""

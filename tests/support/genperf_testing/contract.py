@@ -376,13 +376,19 @@ def check_saves_only_inputs(case: Case, shape: Shape, device: str = "cpu") -> No
 
 
 def check_compile(case: Case, shape: Shape, device: str = "cpu", compiler: str = "aot_eager") -> None:
-    """torch.compile without a graph break, forward and backward, to the same bits."""
+    """torch.compile without a graph break, forward and backward, to the same bits.
+
+    Inductor makes code of its own for what surrounds the op, such as the mean over the batch.
+    """
     inputs, constants = case.tensors(shape, torch.float32, device)
     expected = run(case, inputs, constants)
     torch._dynamo.reset()
     compiled = Case(case.name, torch.compile(case.function, fullgraph=True, backend=compiler))
     actual = run(compiled, inputs, constants, expected.cotangents)
-    assert_same(actual.all(), expected.all(), f"{case.name} {shape}, compiled")
+    if compiler == "inductor":
+        torch.testing.assert_close(actual.all(), expected.all(), rtol=2 * EPSILON, atol=0)
+    else:
+        assert_same(actual.all(), expected.all(), f"{case.name} {shape}, compiled")
 
 
 def check_cuda_graph(case: Case, shape: Shape) -> None:

@@ -6,7 +6,8 @@
 
 namespace genperf::pixel {
 
-inline constexpr int kPanel = 16;
+inline constexpr int kPanel = 16;   // output channels that are packed side by side
+inline constexpr int kBlock = 128;  // products of a convolution that are summed in one chain
 
 enum class Kind : int64_t { kConv, kPointwise, kAttention, kEmbed };
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 PANEL = 16  # output channels that are packed side by side
+BLOCK = 128  # products of a convolution that are summed in one chain
 
 
 class Kind(enum.IntEnum):
@@ -128,11 +129,13 @@ class Operand:
 
 @dataclass(frozen=True)
 class Conv:
-    """out[n] = init[n] (bias, an operand, or 0) + sum over taps, then c, of source[c] * weight[tap, c, n].
+    """out[n] = init[n] (an operand, or 0) + sum over taps, then c, of source[c] * weight[tap, c, n].
 
-    The sum is one chain of fused multiply-adds in that order, whatever the batch, so that a value does
-    not depend on what is computed beside it. Tap (dy, dx) reads source row (y * num + dy) / den, where
-    that division leaves no rest (else 0), and columns likewise; ``source`` then adds its own window.
+    The products k = tap * channels_in + c are summed in blocks of ``BLOCK``: each block is one chain of
+    fused multiply-adds from 0, and the blocks are added to init in order. So a value depends on
+    nothing that is computed beside it, and blocks can be worked on at the same time. Tap (dy, dx) reads
+    source row (y * num + dy) / den, where that division leaves no rest (else 0), and columns
+    likewise; ``source`` then adds its own window.
     ``weight`` numbers a tensor packed by :func:`pack_weight`.
     """
 

@@ -1,0 +1,13 @@
+"""Pixel-by-pixel models in plain torch, with the parameter names and mathematics of the public ones.
+
+Their checkpoints load (:func:`load_checkpoint`), and a model can be trained from scratch.
+Each maps an image or index map to the parameters of every pixel's distribution given the pixels before it in
+raster order; :mod:`genperf.sampling` samples from them, as from any other causal model.
+"""
+
+from genperf.nn.autoregressive.gated import GatedPixelCNN
+from genperf.nn.autoregressive.gated_rgb import GatedPixelCNNRGB
+from genperf.nn.autoregressive.masked_conv import MaskedConv2d
+from genperf.nn.autoregressive.pixelcnn import PixelCNN
+
+__all__ = ["GatedPixelCNN", "GatedPixelCNNRGB", "MaskedConv2d", "PixelCNN"]

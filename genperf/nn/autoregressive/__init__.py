@@ -9,5 +9,18 @@ from genperf.nn.autoregressive.gated import GatedPixelCNN
 from genperf.nn.autoregressive.gated_rgb import GatedPixelCNNRGB
 from genperf.nn.autoregressive.masked_conv import MaskedConv2d
 from genperf.nn.autoregressive.pixelcnn import PixelCNN
+from genperf.nn.autoregressive.pixelcnnpp import PixelCNNPP
+from genperf.nn.autoregressive.pixelsnail import PixelSNAIL
+from genperf.nn.autoregressive.wavenet import WaveNet
+from genperf.nn.autoregressive.weight_norm import load_checkpoint
 
-__all__ = ["GatedPixelCNN", "GatedPixelCNNRGB", "MaskedConv2d", "PixelCNN"]
+__all__ = [
+    "GatedPixelCNN",
+    "GatedPixelCNNRGB",
+    "MaskedConv2d",
+    "PixelCNN",
+    "PixelCNNPP",
+    "PixelSNAIL",
+    "WaveNet",
+    "load_checkpoint",
+]

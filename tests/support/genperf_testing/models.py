@@ -47,14 +47,49 @@ def _gated_pixelcnn_rgb() -> TinyModel:
     return TinyModel(model, (3, 5, 6), "unit", "categorical")
 
 
+def _pixelcnnpp() -> TinyModel:
+    return TinyModel(ar.PixelCNNPP(1, 5, 2), (3, 8, 12), "real", "logistic_mixture")
+
+
+def _pixelcnnpp_grey() -> TinyModel:
+    return TinyModel(ar.PixelCNNPP(1, 4, 3, 1), (1, 12, 8), "real", "logistic_mixture")
+
+
+def _pixelsnail() -> TinyModel:
+    return TinyModel(
+        ar.PixelSNAIL((6, 5), 7, 16, 3, 2, 1, 10, n_out_res_block=1), (6, 5), "index", "categorical"
+    )
+
+
+def _pixelsnail_cond() -> TinyModel:
+    condition = {"n_cond_res_block": 1, "cond_res_channel": 6}
+    model = ar.PixelSNAIL((6, 8), 7, 10, 5, 1, 2, 8, attention=False, **condition)
+    return TinyModel(model, (6, 8), "index", "categorical")
+
+
+def _wavenet() -> TinyModel:
+    return TinyModel(ar.WaveNet(9, 5, 4, 6, 8, 9), (24,), "index", "categorical")
+
+
 _FAMILIES: dict[str, Callable[[], TinyModel]] = {
     "pixelcnn_raw": _pixelcnn_raw,
     "pixelcnn_embedding": _pixelcnn_embedding,
     "gated_pixelcnn": _gated_pixelcnn,
     "gated_pixelcnn_class": _gated_pixelcnn_class,
     "gated_pixelcnn_rgb": _gated_pixelcnn_rgb,
+    "pixelcnnpp": _pixelcnnpp,
+    "pixelcnnpp_grey": _pixelcnnpp_grey,
+    "pixelsnail": _pixelsnail,
+    "pixelsnail_cond": _pixelsnail_cond,
+    "wavenet": _wavenet,
 }
-_GAIN = {"pixelcnn_embedding": 1.8, "gated_pixelcnn_rgb": 2.5}
+_GAIN = {
+    "pixelcnn_embedding": 1.8,
+    "gated_pixelcnn_rgb": 2.5,
+    "pixelcnnpp": 1.4,
+    "pixelsnail": 1.8,
+    "pixelsnail_cond": 2.0,
+}
 FAMILIES = tuple(_FAMILIES)
 
 
@@ -83,7 +118,7 @@ def randomise(model: nn.Module, seed: int = 0, gain: float = 1.5) -> nn.Module:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 if name in ("weight_g", "original0"):
-                    uniform(parameter, 1.0, 2.0)
+                    uniform(parameter, 0.5 * gain, gain)
                 elif name == "bias":
                     normal(parameter, 0.3)
                 elif isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -119,4 +154,7 @@ def conditioning(tiny: TinyModel, batch: int = 2, seed: int = 0) -> dict[str, Te
     rng = torch.Generator().manual_seed(seed)
     if getattr(tiny.model, "n_classes", 0):
         return {"label": torch.randint(tiny.model.n_classes, (batch,), generator=rng)}
+    if getattr(tiny.model, "conditional", False):
+        half = [size // 2 for size in tiny.shape]
+        return {"condition": torch.randint(tiny.model.classes, (batch, *half), generator=rng)}
     return {}

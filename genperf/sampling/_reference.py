@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._program import Attention, Conv, Embed, FeedbackKind, Head, HeadKind, Op, Operand, Pointwise, Program
+from ._program import Attention, Conv, Embed, FeedbackKind, HeadKind, Op, Operand, Pointwise, Program
+from .heads import draw
 
 Known = tuple[Tensor, Tensor]
 
@@ -46,34 +47,6 @@ _POINTWISE: dict[Op, Callable[..., Tensor]] = {
     Op.MUL_SIGMOID: lambda a, b, p, q: a * torch.sigmoid(b),
     Op.ERF: lambda a, b, p, q: torch.erf(a),
 }
-
-
-def draw(
-    head: Head,
-    params: Tensor,
-    noise: Tensor,
-    temperature: float,
-    top_k: int,
-    index: int = 0,
-    known: Known | None = None,
-) -> Tensor:
-    """Stands in until heads.py lands."""
-    u = noise[:, index : index + 1]
-    if head.kind == HeadKind.CATEGORICAL:
-        channels = torch.arange(head.classes) * head.stride_class + index * head.stride_draw
-        sums = torch.softmax(params[:, channels] / temperature, 1).cumsum(1)
-        value = (sums < u * sums[:, -1:]).sum(1, keepdim=True).float()
-    elif head.kind == HeadKind.BERNOULLI:
-        value = (u <= torch.sigmoid(params[:, [index * head.stride_draw]] / temperature)).float()
-    elif head.kind == HeadKind.GAUSSIAN:
-        c = index * head.stride_draw
-        value = params[:, [c]] + torch.exp(params[:, [c + head.stride_class]]) * temperature * u
-    else:
-        raise NotImplementedError(head.kind)
-    if known is not None:
-        one = slice(index, index + value.shape[1])
-        value = torch.where(known[1][:, one], known[0][:, one].to(value.dtype), value)
-    return value
 
 
 @dataclass

@@ -2,17 +2,20 @@
 
 A *description* (:class:`Categorical`, :class:`Bernoulli`, :class:`Gaussian`, :class:`LogisticMixture`,
 :class:`Callback`) tells :func:`genperf.sampling.compile` what the channels of the model's output mean.
-:func:`draw` and :func:`make_noise` are what executors do with it.
+:func:`draw` and :func:`make_noise` are what executors do with it; :func:`log_prob` is the likelihood.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from genperf.sampling import _likelihood
 from genperf.sampling._draw import draw, make_noise, margin
 from genperf.sampling._program import FeedbackKind, Head, HeadKind
 
@@ -24,6 +27,7 @@ __all__ = [
     "Gaussian",
     "LogisticMixture",
     "draw",
+    "log_prob",
     "make_noise",
     "margin",
 ]
@@ -175,15 +179,22 @@ class LogisticMixture(Description):
     log-scales (at least -7) and, for RGB, K coefficients, whose tanh is the share in the mean of green of
     red (from the block of red), of blue of red (green's block) and of blue of green (blue's block).
     A sample is a float in [-1, 1], not rounded to a level. NaN, in logits or in what is chosen, gives NaN.
+
+    Args:
+        mixtures: K, at most 65,536.
+        image_channels: 1 (grey) or 3 (RGB).
+        levels: of the data, evenly spaced over [-1, 1]; only :func:`log_prob` needs it.
     """
 
     mixtures: int = 10
     image_channels: int = 3
+    levels: int = 256
 
     kind = HeadKind.LOGISTIC_MIXTURE
 
     def __post_init__(self) -> None:
         _check("LogisticMixture", "mixtures", self.mixtures, 1, MAX_CLASSES)
+        _check("LogisticMixture", "levels", self.levels, 2, 1 << 16)
         if self.image_channels not in (1, 3):
             raise ValueError(
                 f"LogisticMixture: image_channels is {self.image_channels}, expected 1 (grey) or 3 (RGB)"
@@ -235,6 +246,64 @@ class Callback(Description):
     @property
     def noises(self) -> int:
         return self.channels * self.draw_noises
+
+
+def log_prob(head: Description, params: Tensor, values: Tensor) -> Tensor:
+    """Log-likelihood of images, given the network's output for those very images (teacher forcing).
+
+    Args:
+        head: any but a callback.
+        params: [B, P, ...] with P = ``head.parameters``, or with these channels in two dimensions, as
+            [B, classes, channels, ...]. float64 is computed in float64, anything else in float32.
+        values: [B, values, ...] as :func:`draw` gives them, or [B, ...] where that is one value a pixel:
+            class indices, 0 or 1, floats, or floats in [-1, 1] for a mixture.
+
+    Returns:
+        Nats [B], in the precision of the computation; of a density for a Gaussian head.
+
+    Raises:
+        TypeError: for a callback head.
+        ValueError: if shapes do not fit, or values are outside the head's range.
+    """
+    if head.parameters is None:
+        raise TypeError("log_prob: a callback head has no likelihood")
+    batch, positions = len(values), math.prod(values.shape[1:]) // head.values
+    wanted = (batch, head.parameters, positions)
+    if values.numel() != batch * head.values * positions or params.numel() != math.prod(wanted):
+        raise ValueError(
+            f"log_prob: params has shape {tuple(params.shape)} and values {tuple(values.shape)}, expected "
+            f"[B, {head.parameters}, ...] and [B, {head.values}, ...]"
+        )
+    params = (params if params.dtype == torch.float64 else params.float()).reshape(wanted)
+    values = values.reshape(batch, head.values, positions).to(params.device)
+    _check_values(head, values)
+    if isinstance(head, Categorical):
+        first = head.class_dim == 1
+        logits = params.unflatten(1, (head.classes, -1) if first else (-1, head.classes))
+        nats = _likelihood.categorical(logits if first else logits.transpose(1, 2), values)
+    elif isinstance(head, Bernoulli):
+        nats = _likelihood.bernoulli(params, values)
+    elif isinstance(head, Gaussian):
+        nats = _likelihood.gaussian(params.unflatten(1, (2, -1)), values.to(params.dtype))
+    else:
+        assert isinstance(head, LogisticMixture)
+        x = values.to(params.dtype)
+        nats = _likelihood.logistic_mixture(params, x, head.mixtures, head.levels)
+    return nats.flatten(1).sum(1, dtype=torch.float64).to(params.dtype)
+
+
+def _check_values(head: Description, values: Tensor) -> None:
+    if isinstance(head, Gaussian):
+        return
+    if isinstance(head, LogisticMixture):
+        expected, low, high = "numbers in -1 to 1", -1, 1
+        right = torch.ones_like(values, dtype=torch.bool)
+    else:
+        low, high = 0, head.classes - 1 if isinstance(head, Categorical) else 1
+        expected, right = f"integers in {low} to {high}", values == values.long()
+    wrong = ~((values >= low) & (values <= high) & right)
+    if wrong.any():
+        raise ValueError(f"log_prob: values has {values[wrong][0].item()}, expected {expected}")
 
 
 def _check(head: str, name: str, value: object, low: int, high: int | None = None) -> None:

@@ -1,0 +1,67 @@
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "../common/binding.h"
+#include "pixel_sampler.h"
+
+namespace genperf::pixel {
+namespace {
+
+template <class T>
+const T* data(const View& table) {
+  return static_cast<const T*>(table.data);
+}
+
+// The tables of Program.tables(); `segments` is the address of int32 [S, 5].
+std::unique_ptr<Plan> make_plan(View head, View buffers, View consts, View operands, View taps,
+                                View instructions, intptr_t segments, int64_t segment_count, View slot_begin,
+                                const std::vector<View>& tensors, const std::vector<View>& weights) {
+  Tables t{};
+  t.head = data<Head>(head);
+  t.buffers = data<Buffer>(buffers);
+  t.consts = data<Const>(consts);
+  t.operands = data<Operand>(operands);
+  t.taps = data<Tap>(taps);
+  t.instructions = data<Instruction>(instructions);
+  t.segments = reinterpret_cast<const Segment*>(segments);
+  t.slot_begin = data<int64_t>(slot_begin);
+  t.buffer_count = buffers.shape[0];
+  t.operand_count = operands.shape[0];
+  t.instruction_count = instructions.shape[0];
+  t.segment_count = segment_count;
+  for (const View& v : tensors) {
+    t.tensors.push_back(v.data);
+    t.tensor_rows.push_back(v.ndim > 0 ? v.shape[0] : 1);
+  }
+  for (const View& v : weights) t.weights.push_back(data<float>(v));
+  return std::make_unique<Plan>(t);
+}
+
+// Addresses of tensors as RunArgs describes them; 0 for null.
+void run(const Plan& plan, intptr_t workspace, intptr_t values, intptr_t noise, intptr_t known, intptr_t mask,
+         intptr_t scratch, int64_t batch, int64_t begin, int64_t end, float temperature, int64_t top_k,
+         int threads) {
+  RunArgs args{};
+  args.plan = &plan;
+  args.workspace = reinterpret_cast<float*>(workspace);
+  args.values = reinterpret_cast<float*>(values);
+  args.noise = reinterpret_cast<const float*>(noise);
+  args.known = reinterpret_cast<const float*>(known);
+  args.mask = reinterpret_cast<const uint8_t*>(mask);
+  args.scratch = reinterpret_cast<float*>(scratch);
+  args.batch = batch, args.begin = begin, args.end = end;
+  args.temperature = temperature, args.top_k = top_k;
+  args.threads = threads;
+  pixel_sampler_cpu(args);
+}
+
+const RegisterBinder binder([](pybind11::module_& cpu, pybind11::module_*) {
+  pybind11::class_<Plan>(cpu, "PixelSampler")
+      .def(pybind11::init(&make_plan))
+      .def_readonly("scratch", &Plan::scratch)
+      .def("run", &run, pybind11::call_guard<pybind11::gil_scoped_release>());
+});
+
+}  // namespace
+}  // namespace genperf::pixel

@@ -1,0 +1,215 @@
+// One thread of the CPU executor, built once per instruction set (GENPERF_ISA).
+#include <sched.h>
+
+#include <utility>
+
+#include "attention.h"
+#include "head.h"
+#include "pointwise.h"
+#include "product.h"
+
+namespace genperf::pixel {
+namespace GENPERF_ISA {
+
+namespace {
+
+// Work (multiply-adds) from which a segment is shared out in a team.
+constexpr int64_t kShared = 16384;
+// Polls of a waiting thread before it lets others run.
+constexpr int kPolls = 2000;
+
+template <Op kOp>
+void pointwise_loop(const float* a, const float* b, float* out, int64_t n, float p, float q) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vf x = load(a + i);
+    store(out + i, pointwise<kOp>(x, is_binary(kOp) ? load(b + i) : x, p, q));
+  }
+  if (i < n) {
+    float x[kLanes] = {}, y[kLanes] = {};
+    std::memcpy(x, a + i, (n - i) * sizeof(float));
+    if (is_binary(kOp)) std::memcpy(y, b + i, (n - i) * sizeof(float));
+    store(x, pointwise<kOp>(load(x), load(y), p, q));
+    std::memcpy(out + i, x, (n - i) * sizeof(float));
+  }
+}
+
+using PointwiseLoop = void (*)(const float*, const float*, float*, int64_t, float, float);
+
+template <int... kOp>
+constexpr PointwiseLoop pointwise_loop_of(Op op, std::integer_sequence<int, kOp...>) {
+  constexpr PointwiseLoop loops[] = {pointwise_loop<static_cast<Op>(kOp)>...};
+  return loops[static_cast<int>(op)];
+}
+
+void run_pointwise(const Context& c, const Pointwise& i, const Segment& s) {
+  const PointwiseLoop loop = pointwise_loop_of(i.op, std::make_integer_sequence<int, kOps>());
+  const Source& first = c.plan.sources[i.a];
+  const Source* second = i.b < 0 ? nullptr : c.plan.sources + i.b;
+  const Target& target = c.plan.targets[i.out];
+  const float p = static_cast<float>(i.p), q = static_cast<float>(i.q);
+  for (int64_t x = s.col; x < s.col + s.cols; ++x) {
+    const Cell a = read(c, first, s.row, x);
+    const Cell b = second ? read(c, *second, s.row, x) : a;
+    float* out = write(c, target, s.row, x) + i.out_channel;
+    if (target.channels == i.channels && a.stride == i.channels && b.stride == i.channels) {
+      loop(a.p, b.p, out, c.images * i.channels, p, q);
+    } else {
+      for (int64_t image = 0; image < c.images; ++image)
+        loop(a.p + image * a.stride, b.p + image * b.stride, out + image * target.channels, i.channels, p, q);
+    }
+  }
+}
+
+void run_embed(const Context& c, const Embed& i, const Segment& s, const float* values) {
+  const Head& head = c.plan.head;
+  const float* table = static_cast<const float*>(c.plan.tensors[i.table]);
+  const int64_t rows = c.plan.tensor_rows[i.table];
+  const Target& target = c.plan.targets[i.out];
+  for (int64_t x = s.col; x < s.col + s.cols; ++x) {
+    float* out = write(c, target, s.row, x) + i.out_channel;
+    for (int64_t image = 0; image < c.images; ++image, out += target.channels) {
+      const int64_t pixel = ((c.first + image) * head.rows + s.row) * head.cols + x;
+      const float value = values[pixel * head.values + i.draw];
+      // Of a known value that is out of range, or NaN: a row that exists.
+      const int64_t row = value >= 0.0f && value < static_cast<float>(rows) ? static_cast<int64_t>(value) : 0;
+      std::memcpy(out, table + row * i.channels, i.channels * sizeof(float));
+    }
+  }
+}
+
+// Member `member` of `size`: its part of a segment that is shared out.
+void run_share(const Context& c, const Segment& s, int member, int size) {
+  const Instruction& i = c.plan.instructions[s.instruction];
+  if (i.kind == Kind::kConv) {
+    const Product& product = c.plan.products[s.instruction];
+    const int begin = product.panels * member / size, end = product.panels * (member + 1) / size;
+    if (begin < end) convolve(c, i.conv, product, s, begin, end);
+  } else {
+    const int64_t begin = i.attention.heads * member / size, end = i.attention.heads * (member + 1) / size;
+    if (begin < end) attend(c, i.attention, s, begin, end);
+  }
+}
+
+int64_t work(const Context& c, const Instruction& i, const Segment& s) {
+  const int64_t cells = s.cols * c.images;
+  if (i.kind == Kind::kConv) return cells * c.plan.products[s.instruction].depth * i.conv.channels;
+  if (i.kind != Kind::kAttention) return 0;
+  const Attention& a = i.attention;
+  const int64_t* count = static_cast<const int64_t*>(c.plan.tensors[a.count]) + s.row * a.cols + s.col;
+  return cells * a.heads * (a.dim_k + a.dim_v) * count[s.cols - 1];
+}
+
+template <class Ready>
+void wait_until(Ready ready) {
+  for (int polls = 0; !ready(); ++polls) {
+    if (polls >= kPolls) {
+      sched_yield();
+      continue;
+    }
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
+}
+
+void run_in_team(const Context& c, const Segment& s, Team& team) {
+  team.segment = &s;
+  const int64_t job = team.job + 1;
+  __atomic_store_n(&team.job, job, __ATOMIC_RELEASE);
+  run_share(c, s, 0, team.size);
+  wait_until([&] { return __atomic_load_n(&team.done, __ATOMIC_ACQUIRE) == job * (team.size - 1); });
+}
+
+void serve(const Context& c, Team& team, int member) {
+  for (int64_t job = 1;; ++job) {
+    int64_t current;
+    wait_until(
+        [&] { return (current = __atomic_load_n(&team.job, __ATOMIC_ACQUIRE)) >= job || current < 0; });
+    if (current < 0) return;
+    run_share(c, *team.segment, member, team.size);
+    __atomic_add_fetch(&team.done, 1, __ATOMIC_RELEASE);
+  }
+}
+
+void run_segment(const Context& c, const Segment& s, const RunArgs& run, Team* team) {
+  const Instruction& i = c.plan.instructions[s.instruction];
+  if (team && team->size > 1 && work(c, i, s) >= kShared) return run_in_team(c, s, *team);
+  switch (i.kind) {
+    case Kind::kConv: {
+      const Product& product = c.plan.products[s.instruction];
+      return convolve(c, i.conv, product, s, 0, product.panels);
+    }
+    case Kind::kPointwise:
+      return run_pointwise(c, i.pointwise, s);
+    case Kind::kAttention:
+      return attend(c, i.attention, s, 0, i.attention.heads);
+    case Kind::kEmbed:
+      return run_embed(c, i.embed, s, run.values);
+  }
+}
+
+// Before the first slot of a pixel: what is not drawn yet is 0.
+void clear_pixel(const Context& c, const RunArgs& run, int64_t y, int64_t x) {
+  const Head& head = c.plan.head;
+  for (int64_t image = c.first; image < c.first + c.images; ++image)
+    for (int64_t v = 0; v < head.values; ++v)
+      run.values[((image * head.rows + y) * head.cols + x) * head.values + v] = 0.0f;
+  if (head.feedback == FeedbackKind::kNone) return;
+  const Target& input = c.plan.targets[head.input];
+  std::memset(write(c, input, y, x), 0, c.images * input.channels * sizeof(float));
+}
+
+void draw_pixel(const Context& c, const RunArgs& run, int64_t y, int64_t x, int index) {
+  const Head& head = c.plan.head;
+  const Cell params = read(c, c.plan.sources[head.params], y, x);
+  const Sampling sampling{run.temperature, run.top_k};
+  const int64_t count = head.values / head.draws;
+  for (int64_t image = 0; image < c.images; ++image) {
+    const int64_t pixel = ((c.first + image) * head.rows + y) * head.cols + x;
+    const int64_t at = pixel * head.values;
+    const Drawn drawn =
+        draw(Serial(), head, index, params.p + image * params.stride, run.noise + pixel * head.noises,
+             sampling, run.known ? run.known + at : nullptr, run.mask ? run.mask + at : nullptr, c.head);
+    for (int64_t v = 0; v < count; ++v) run.values[at + index + v] = drawn.value[v];
+    if (head.feedback == FeedbackKind::kNone) continue;
+    const Target& input = c.plan.targets[head.input];
+    float* cell = write(c, input, y, x) + image * input.channels;
+    if (head.feedback == FeedbackKind::kScaled) {
+      const float scale = static_cast<float>(head.scale), offset = static_cast<float>(head.offset);
+      for (int64_t v = 0; v < count; ++v) cell[index + v] = drawn.value[v] * scale + offset;
+    } else {
+      const float value = drawn.value[0];
+      const bool valid = value >= 0.0f && value < static_cast<float>(head.classes);
+      if (valid) cell[index * head.classes + static_cast<int64_t>(value)] = 1.0f;
+    }
+  }
+}
+
+}  // namespace
+
+void pixel_sampler_member(const MemberArgs& member) {
+  const RunArgs& run = *member.run;
+  const Plan& plan = *run.plan;
+  Context c{plan, run.workspace, run.batch, member.first, member.last - member.first, {}, {}, {}, {}};
+  float* scratch = member.scratch;
+  c.pointers = reinterpret_cast<const float**>(scratch);
+  c.pieces = reinterpret_cast<Piece*>(scratch += plan.scratch_pointers);
+  c.scores = scratch += plan.scratch_pieces;
+  c.head = scratch += plan.scratch_scores;
+  if (member.team && member.member > 0) return serve(c, *member.team, member.member);
+
+  const Head& head = plan.head;
+  for (int64_t slot = run.begin; slot < run.end; ++slot) {
+    const int64_t pixel = slot / head.draws, y = pixel / head.cols, x = pixel % head.cols;
+    const int index = static_cast<int>(slot % head.draws);
+    if (index == 0) clear_pixel(c, run, y, x);
+    for (int64_t i = plan.slot_begin[slot]; i < plan.slot_begin[slot + 1]; ++i)
+      run_segment(c, plan.segments[i], run, member.team);
+    if (head.kind != HeadKind::kCallback) draw_pixel(c, run, y, x, index);
+  }
+  if (member.team) __atomic_store_n(&member.team->job, int64_t{-1}, __ATOMIC_RELEASE);
+}
+
+}  // namespace GENPERF_ISA
+}  // namespace genperf::pixel

@@ -1,0 +1,145 @@
+// The CPU executor of a program (program.h): slots [begin, end) for a batch of images in one call.
+//
+// Threads share out the images, each running the whole program for its own. Where there are fewer
+// images than threads, one team runs all of them: its first thread does everything but the large
+// convolutions and attentions, whose output channels and heads are shared out. The results are the same bits
+// either way, since no output value depends on what is computed beside it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "program.h"
+
+namespace genperf::pixel {
+
+inline constexpr int kAlignment = 64;  // of the workspace, of weights and of scratch memory, in bytes
+inline constexpr int kRows = 96;       // rows of a matrix product that are worked on together
+
+// An operand with all that its address depends on. `row` and `col` map a coordinate to its place in the
+// ring, `row` times the ring's columns.
+struct Source {
+  int32_t dy, dx, y0, x0;
+  uint32_t height, width;  // of the window
+  const int32_t *row, *col;
+  int64_t offset, channels;  // of the buffer
+  int64_t channel;
+  const float* constant;  // at the operand's channel; null for a buffer
+  int64_t stride_b, stride_y, stride_x;
+};
+
+// Where results go.
+struct Target {
+  const int32_t *row, *col;
+  int64_t offset, channels;
+};
+
+// Products [k, k + length) of a convolution: channels from `channel` on of one tap, in one block of kBlock.
+struct Piece {
+  int32_t tap, channel, length;
+  bool last;  // of its block
+  int64_t k;
+};
+
+// A convolution with its products in order.
+struct Product {
+  const Piece* pieces;
+  int32_t piece_count, panels;
+  int64_t depth;  // products of an output value
+  const float* weight;
+};
+
+// What Python hands over, and keeps alive.
+struct Tables {
+  const Head* head;
+  const Buffer* buffers;
+  const Const* consts;
+  const Operand* operands;
+  const Tap* taps;
+  const Instruction* instructions;
+  const Segment* segments;
+  const int64_t* slot_begin;  // slots + 1
+  int64_t buffer_count, operand_count, instruction_count, segment_count;
+  std::vector<const void*> tensors;   // float32, or int64 for counts
+  std::vector<int64_t> tensor_rows;   // size of the first dimension
+  std::vector<const float*> weights;  // packed
+};
+
+// Tables ready to run. Raw pointers: the kernels, which are built for several instruction sets, share no
+// inline function of the standard library.
+class Plan {
+ public:
+  explicit Plan(const Tables& tables);
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  Head head;
+  const Source* sources;
+  const Target* targets;
+  const Instruction* instructions;
+  const Product* products;  // by instruction
+  const Tap* taps;
+  const Segment* segments;
+  const int64_t* slot_begin;
+  const void* const* tensors;
+  const int64_t* tensor_rows;
+  const float* zeros;  // as many as any operand has channels
+
+  // Scratch memory of a thread, in floats: each part begins at a multiple of 16.
+  int64_t scratch_pointers;  // to the rows of a convolution's taps
+  int64_t scratch_pieces;
+  int64_t scratch_scores;  // of attention
+  int64_t scratch_head;
+  int64_t scratch;  // all of it
+
+ private:
+  const int32_t* ring(int64_t size, int64_t factor);
+
+  std::vector<Source> sources_;
+  std::vector<Target> targets_;
+  std::vector<Instruction> instructions_;
+  std::vector<Product> products_;
+  std::vector<Piece> pieces_;
+  std::vector<Tap> taps_;
+  std::vector<const void*> tensors_;
+  std::vector<int64_t> tensor_rows_;
+  std::vector<float> zeros_;
+  std::vector<std::vector<int32_t>> rings_;
+  std::vector<std::pair<int64_t, int64_t>> ring_keys_;
+  int64_t low_ = 0, high_ = 0;  // coordinates that can occur
+};
+
+struct RunArgs {
+  const Plan* plan;
+  float* workspace;     // Program.workspace * batch floats
+  float* values;        // [batch, rows, cols, values]
+  const float* noise;   // [batch, rows, cols, noises]; null for a callback
+  const float* known;   // [batch, rows, cols, values], or null
+  const uint8_t* mask;  // the same shape, or null
+  float* scratch;       // threads * Plan.scratch floats
+  int64_t batch, begin, end;
+  float temperature;
+  int64_t top_k;
+  int threads;
+};
+
+// Threads of one team. The first one hands out segments.
+struct Team {
+  int size = 1;
+  alignas(64) int64_t job = 0;  // segments handed out so far; -1 at the end
+  const Segment* segment = nullptr;
+  alignas(64) int64_t done = 0;  // members that have finished their parts, of all jobs so far
+};
+
+// One thread's part of a call: images [first, last), or its share of a team's work.
+struct MemberArgs {
+  const RunArgs* run;
+  int64_t first, last;
+  Team* team;  // null where the thread works alone
+  int member;
+  float* scratch;
+};
+
+void pixel_sampler_cpu(const RunArgs& args);
+
+}  // namespace genperf::pixel

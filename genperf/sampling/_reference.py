@@ -242,7 +242,7 @@ class ReferenceExecutor:
             init = self._read(state, self.program.operands[i.init], y, x, n, i.channels)
         out = self._cells(state, i.out, i.out_channel, i.channels, y, x, n)
         if not taps:
-            result = parts[0].new_zeros(n * state.batch, i.channels) if init is None else init
+            result = state.workspace.new_zeros(n * state.batch, i.channels) if init is None else init
         else:
             weight = self._weight(i, taps)
             cells = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -299,6 +299,8 @@ class ReferenceExecutor:
         if found is None:
             found = self._gathers[key] = self._gather(i, op, y, x, n)
         cells, outside, taps = found
+        if not taps:
+            return [], ()
         b = self.program.buffers[op.index]
         ring = state.workspace[b.offset * state.batch :][
             : b.ring_rows * b.ring_cols * b.channels * state.batch

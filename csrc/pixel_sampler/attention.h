@@ -32,7 +32,7 @@ inline void score(const Attention& a, const float* q, const float* const* k, int
           float column[kLanes];
           for (int i = 0; i < kLanes; ++i) column[i] = key[i][c];
           const Vf keys_at_c = load(column);
-          const Nf x = Nf{} + q[c];
+          const Nf x = splat<Nf>(q[c]);
           sum = for_parts<Vf>([&](int i) { return fma_native(x, keys_at_c.part[i], sum.part[i]); });
         }
         total = block == h * a.dim_k ? sum : total + sum;
@@ -89,7 +89,7 @@ void mix(const Slice* slices, const float* const* v, int64_t shift, int64_t keys
           from = partial;
         }
         const Vf x = load(from);
-        const Nf w = Nf{} + slices[s].weights[j];
+        const Nf w = splat<Nf>(slices[s].weights[j]);
         sum[s] = for_parts<Vf>([&](int i) { return fma_native(w, x.part[i], sum[s].part[i]); });
       }
     }

@@ -21,6 +21,8 @@ struct Context {
   Piece* pieces;
   float* scores;
   float* head;
+  const float* next_weight;  // of the convolution that comes after this segment
+  int64_t next_panel_size;
 };
 
 GENPERF_HD bool is_inside(const Source& s, int64_t y, int64_t x) {

@@ -138,7 +138,8 @@ Plan::Plan(const Tables& t)
   tensors = tensors_.data();
   tensor_rows = tensor_rows_.data();
   zeros = zeros_.data();
-  scratch_pointers = padded(pointers * static_cast<int64_t>(sizeof(const float*)) / static_cast<int64_t>(sizeof(float)));
+  scratch_pointers =
+      padded(pointers * static_cast<int64_t>(sizeof(const float*)) / static_cast<int64_t>(sizeof(float)));
   scratch_pieces = padded(pieces * static_cast<int64_t>(sizeof(Piece) / sizeof(float)));
   scratch_head = padded(head_scratch(head));
   scratch = scratch_pointers + scratch_pieces + scratch_scores + scratch_head;

@@ -132,8 +132,15 @@ void serve(const Context& c, Team& team, int member) {
   }
 }
 
-void run_segment(const Context& c, const Segment& s, const RunArgs& run, Team* team) {
+void run_segment(Context& c, const Segment& s, const Segment* end, const RunArgs& run, Team* team) {
   const Instruction& i = c.plan.instructions[s.instruction];
+  if (i.kind == Kind::kConv) {
+    const Segment* next = &s + 1;
+    while (next < end && c.plan.instructions[next->instruction].kind != Kind::kConv) ++next;
+    const Product& product = c.plan.products[next < end ? next->instruction : s.instruction];
+    c.next_weight = product.weight;
+    c.next_panel_size = product.depth * kPanel;
+  }
   if (team && team->size > 1 && work(c, i, s) >= kShared) return run_in_team(c, s, *team);
   switch (i.kind) {
     case Kind::kConv: {
@@ -191,7 +198,8 @@ void draw_pixel(const Context& c, const RunArgs& run, int64_t y, int64_t x, int 
 void pixel_sampler_member(const MemberArgs& member) {
   const RunArgs& run = *member.run;
   const Plan& plan = *run.plan;
-  Context c{plan, run.workspace, run.batch, member.first, member.last - member.first, {}, {}, {}, {}};
+  Context c{plan, run.workspace, run.batch, member.first, member.last - member.first, {}, {}, {},
+            {},   plan.zeros,    0};
   float* scratch = member.scratch;
   c.pointers = reinterpret_cast<const float**>(scratch);
   c.pieces = reinterpret_cast<Piece*>(scratch += plan.scratch_pointers);
@@ -200,12 +208,13 @@ void pixel_sampler_member(const MemberArgs& member) {
   if (member.team && member.member > 0) return serve(c, *member.team, member.member);
 
   const Head& head = plan.head;
+  const Segment* end = plan.segments + plan.slot_begin[run.end];
   for (int64_t slot = run.begin; slot < run.end; ++slot) {
     const int64_t pixel = slot / head.draws, y = pixel / head.cols, x = pixel % head.cols;
     const int index = static_cast<int>(slot % head.draws);
     if (index == 0) clear_pixel(c, run, y, x);
     for (int64_t i = plan.slot_begin[slot]; i < plan.slot_begin[slot + 1]; ++i)
-      run_segment(c, plan.segments[i], run, member.team);
+      run_segment(c, plan.segments[i], end, run, member.team);
     if (head.kind != HeadKind::kCallback) draw_pixel(c, run, y, x, index);
   }
   if (member.team) __atomic_store_n(&member.team->job, int64_t{-1}, __ATOMIC_RELEASE);

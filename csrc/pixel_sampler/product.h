@@ -5,6 +5,8 @@
 // products of one block (8 KB) stay in the first-level cache for all rows.
 #pragma once
 
+#include <utility>
+
 #include "context.h"
 
 namespace genperf::pixel {
@@ -29,16 +31,30 @@ constexpr int widest(int rows) {
 // taps[t * kRows + r].
 struct Rows {
   const float* const* taps;
-  const float* const* from;  // null for zeros
+  const float* const* from;
   float* const* to;
   int64_t channel;  // of `from` and `to`
 };
 
+// What to fetch into the second-level cache meanwhile: for each product `step` bytes, of each panel.
+struct Ahead {
+  const char* p;
+  int64_t step;
+  int64_t panel_size;  // in bytes
+};
+
 // to = from + the products of one block, which begins with `piece`, for kPanels panels of 16 channels.
 template <int kTile, int kPanels>
-void tile(const Piece* piece, const float* weight, int64_t panel_size, const Rows& rows) {
+void tile(const Piece* piece, const float* weight, int64_t panel_size, const Rows& rows_at,
+          const Ahead& ahead_at) {
+  const Rows rows = rows_at;  // in registers: the stores below might alias it
+  Ahead ahead = ahead_at;
   constexpr int kVectors = kPanels * kParts;
   Nf sum[kTile][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTile; ++r)
+#pragma GCC unroll 16
+    for (int p = 0; p < kPanels; ++p) __builtin_prefetch(rows.from[r] + rows.channel + p * kPanel);
 #pragma GCC unroll 16
   for (int r = 0; r < kTile; ++r)
 #pragma GCC unroll 16
@@ -48,14 +64,19 @@ void tile(const Piece* piece, const float* weight, int64_t panel_size, const Row
 #pragma GCC unroll 16
     for (int r = 0; r < kTile; ++r) a[r] = rows.taps[piece->tap * kRows + r] + piece->channel;
     const float* w = weight + piece->k * kPanel;
-    for (int64_t c = 0; c < piece->length; ++c, w += kPanel) {
+
+    for (int64_t c = 0; c < piece->length; ++c, w += kPanel, ahead.p += ahead.step) {
+      if constexpr (kTile > 3) {  // fewer rows wait for the weights anyway
+#pragma GCC unroll 16
+        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(ahead.p + p * ahead.panel_size, 0, 2);
+      }
       Nf b[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)
         b[v] = load_native(w + v / kParts * panel_size + v % kParts * kNativeLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < kTile; ++r) {
-        const Nf x = Nf{} + a[r][c];
+        const Nf x = splat<Nf>(a[r][c]);
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) sum[r][v] = fma_native(x, b[v], sum[r][v]);
       }
@@ -64,55 +85,89 @@ void tile(const Piece* piece, const float* weight, int64_t panel_size, const Row
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kTile; ++r) {
+    const float* from = rows.from[r] + rows.channel;
     float* to = rows.to[r] + rows.channel;
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
-      Nf y = sum[r][v];
-      if (rows.from) y = load_native(rows.from[r] + rows.channel + v * kNativeLanes) + y;
-      store_native(to + v * kNativeLanes, y);
+      const int at = v * kNativeLanes;
+      store_native(to + at, load_native(from + at) + sum[r][v]);
     }
   }
 }
 
-using TileFunction = void (*)(const Piece*, const float*, int64_t, const Rows&);
+using TileFunction = void (*)(const Piece*, const float*, int64_t, const Rows&, const Ahead&);
 
 template <int kTile, int kPanels>
-TileFunction tile_function(int rows, int panels) {
-  if constexpr (kTile > 1) {
-    if (rows < kTile) return tile_function<kTile - 1, widest(kTile - 1)>(rows, panels);
+constexpr TileFunction tile_or_null() {
+  if constexpr (kPanels <= widest(kTile)) {
+    return tile<kTile, kPanels>;
+  } else {
+    return nullptr;
   }
-  if constexpr (kPanels > 1) {
-    if (panels < kPanels) return tile_function<kTile, kPanels - 1>(rows, panels);
-  }
-  return tile<kTile, kPanels>;
 }
 
-// Up to kRows rows by panels [begin, end), all of them whole: tiles of nearly equal size.
-inline void multiply(const Piece* pieces, int piece_count, const float* weight, int64_t panel_size, int begin,
-                     int end, const Rows& rows, int count) {
+// By rows - 1 and panels - 1.
+struct TileTable {
+  TileFunction at[kTileRows][kTilePanels];
+};
+
+template <int... kRow, int... kColumn>
+constexpr TileTable tile_table(std::integer_sequence<int, kRow...>,
+                               std::integer_sequence<int, kColumn...> columns) {
+  TileTable table{};
+  auto fill = [&](auto row) {
+    constexpr int kTile = decltype(row)::value + 1;
+    int unused[] = {(table.at[kTile - 1][kColumn] = tile_or_null<kTile, kColumn + 1>(), 0)...};
+    (void)unused;
+  };
+  (void)columns;
+  (fill(std::integral_constant<int, kRow>()), ...);
+  return table;
+}
+
+inline constexpr TileTable kTiles =
+    tile_table(std::make_integer_sequence<int, kTileRows>(), std::make_integer_sequence<int, kTilePanels>());
+
+// Up to kRows rows by panels [begin, end), all of them whole: tiles of nearly equal size, over which the
+// fetching of the next weights is spread: the next block, the next panels or, at the end, what `c` says.
+inline void multiply(const Context& c, const Piece* pieces, int piece_count, const float* weight,
+                     int64_t panel_size, int count_of_panels, const Rows& rows, int count) {
   const int tiles = (count + kTileRows - 1) / kTileRows, small = count / tiles, larger = count % tiles;
   const int wide = widest(small + (larger > 0));
-  const int groups = (end - begin + wide - 1) / wide;
-  for (int g = 0; g < groups; ++g) {
-    const int panel = begin + (end - begin) * g / groups;
-    const int panels = begin + (end - begin) * (g + 1) / groups - panel;
-    const TileFunction large_tile = tile_function<kTileRows, widest(kTileRows)>(small + 1, panels);
-    const TileFunction small_tile = tile_function<kTileRows, widest(kTileRows)>(small, panels);
-    const float* w = weight + panel * panel_size;
-    Rows part = rows;
-    part.channel += static_cast<int64_t>(panel - begin) * kPanel;
+  const int64_t line = kPanel * sizeof(float);
+  Rows group = rows;
+  for (int left = count_of_panels; left > 0;) {
+    const int panels = left > wide && left < 2 * wide ? (left + 1) / 2 : left < wide ? left : wide;
+    const TileFunction small_tile = kTiles.at[small - 1][panels - 1];
+    const TileFunction large_tile = larger > 0 ? kTiles.at[small][panels - 1] : nullptr;
+    const float* next_weight = weight + panels * panel_size;
+    Rows part = group;
     for (const Piece* p = pieces; p < pieces + piece_count;) {
-      for (int t = 0, r = 0; t < tiles; ++t) {
-        Rows at = part;
-        at.taps += r, at.to += r;
-        if (at.from) at.from += r;
-        (t < larger ? large_tile : small_tile)(p, w, panel_size, at);
-        r += small + (t < larger);
+      const Piece* next = p;
+      while (!next->last) ++next;
+      ++next;
+      Ahead ahead{nullptr, line / tiles, panel_size * static_cast<int64_t>(sizeof(float))};
+      if (next < pieces + piece_count) {
+        ahead.p = reinterpret_cast<const char*>(weight + next->k * kPanel);
+      } else if (left > panels) {
+        ahead.p = reinterpret_cast<const char*>(next_weight);
+      } else {
+        ahead.p = reinterpret_cast<const char*>(c.next_weight);
+        ahead.panel_size = c.next_panel_size * static_cast<int64_t>(sizeof(float));
       }
-      while (!p->last) ++p;
-      ++p;
+      Rows at = part;
+      for (int t = 0; t < tiles; ++t) {
+        const int size = small + (t < larger);
+        (t < larger ? large_tile : small_tile)(p, weight, panel_size, at, ahead);
+        at.taps += size, at.from += size, at.to += size;
+        ahead.p += kBlock * line / tiles;
+      }
+      p = next;
       part.from = part.to;
     }
+    weight = next_weight;
+    group.channel += panels * kPanel;
+    left -= panels;
   }
 }
 
@@ -135,7 +190,8 @@ GENPERF_HD Cell tap_cell(const Context& c, const Conv& conv, const Tap& tap, con
 // Calls f(row, cell, image) for rows [begin, begin + count) of cells times images.
 template <class Function>
 GENPERF_HD void for_rows(const Context& c, int64_t begin, int count, Function f) {
-  int64_t cell = begin / c.images, image = begin % c.images;
+  int64_t cell = 0, image = begin;
+  if (begin >= c.images) cell = begin / c.images, image = begin % c.images;
   for (int r = 0; r < count; ++cell, image = 0)
     for (; image < c.images && r < count; ++r, ++image) f(r, cell, image);
 }
@@ -197,7 +253,7 @@ inline void convolve(const Context& c, const Conv& conv, const Product& product,
     if (skipped > 0) piece_count = kept;
 
     int64_t at = -1;
-    Cell cell{};
+    Cell cell{c.plan.zeros, 0};
     float* out = nullptr;
     for_rows(c, begin, count, [&](int r, int64_t j, int64_t image) {
       if (j != at) {
@@ -213,12 +269,13 @@ inline void convolve(const Context& c, const Conv& conv, const Product& product,
       const int64_t n0 = static_cast<int64_t>(panel_begin) * kPanel;
       const int64_t n1 = static_cast<int64_t>(panel_end) * kPanel;
       for (int r = 0; r < count; ++r)
-        for (int64_t n = n0; n < n1 && n < conv.channels; ++n) to[r][n] = init ? from[r][n] : 0.0f;
+        for (int64_t n = n0; n < n1 && n < conv.channels; ++n) to[r][n] = from[r][n];
       continue;
     }
     if (panel_begin < direct_end) {
-      const Rows all{c.pointers, init ? from : nullptr, to, static_cast<int64_t>(panel_begin) * kPanel};
-      multiply(pieces, piece_count, product.weight, panel_size, panel_begin, direct_end, all, count);
+      const Rows all{c.pointers, from, to, static_cast<int64_t>(panel_begin) * kPanel};
+      multiply(c, pieces, piece_count, product.weight + panel_begin * panel_size, panel_size,
+               direct_end - panel_begin, all, count);
     }
     if (panel_end > whole) {
       // The last, partial panel, by way of an array.
@@ -227,10 +284,10 @@ inline void convolve(const Context& c, const Conv& conv, const Product& product,
       const int64_t n0 = static_cast<int64_t>(whole) * kPanel, n = conv.channels - n0;
       for (int r = 0; r < count; ++r) {
         partial[r] = sums + r * kPanel;
-        for (int64_t i = 0; i < kPanel; ++i) partial[r][i] = init && i < n ? from[r][n0 + i] : 0.0f;
+        for (int64_t i = 0; i < kPanel; ++i) partial[r][i] = i < n ? from[r][n0 + i] : 0.0f;
       }
       const Rows all{c.pointers, partial, partial, 0};
-      multiply(pieces, piece_count, product.weight, panel_size, whole, whole + 1, all, count);
+      multiply(c, pieces, piece_count, product.weight + whole * panel_size, panel_size, 1, all, count);
       for (int r = 0; r < count; ++r)
         for (int64_t i = 0; i < n; ++i) to[r][n0 + i] = partial[r][i];
     }

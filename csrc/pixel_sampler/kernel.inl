@@ -145,6 +145,7 @@ void run_segment(Context& c, const Segment& s, const Segment* end, const RunArgs
   switch (i.kind) {
     case Kind::kConv: {
       const Product& product = c.plan.products[s.instruction];
+      if (s.cols * c.images == 1 && convolve_one(c, i.conv, product, s)) return;
       return convolve(c, i.conv, product, s, 0, product.panels);
     }
     case Kind::kPointwise:

@@ -32,6 +32,17 @@ GENPERF_HD F erf(F x) {
   return select(abs(x) > 1.0f, select(x < 0.0f, -y, y), near_zero);
 }
 
+// tanh(a) sigmoid(b), with one division. Both are at their limits long before the exponents' bound.
+template <class F>
+GENPERF_HD F tanh_sigmoid(F a, F b) {
+  F x = -2.0f * abs(a), y = -abs(b);
+  x = select(x < -87.0f, splat<F>(-87.0f), x);
+  y = select(y < -87.0f, splat<F>(-87.0f), y);
+  F e = exp_m1(x, exp_bounded(x)), t = exp_bounded(y);
+  F gated = select(b < 0.0f, e * t, e) / ((2.0f + e) * (1.0f + t));
+  return select(a < 0.0f, gated, -gated);
+}
+
 // `b` is read by functions of two operands only.
 template <Op kOp, class F>
 GENPERF_HD F pointwise(F a, [[maybe_unused]] F b, [[maybe_unused]] float p, [[maybe_unused]] float q) {
@@ -90,7 +101,7 @@ GENPERF_HD F pointwise(F a, [[maybe_unused]] F b, [[maybe_unused]] float p, [[ma
     F low = select(a < p, splat<F>(p), a);
     return select(low > q, splat<F>(q), low);
   } else if constexpr (kOp == Op::kTanhSigmoid) {
-    return tanh(a, derivative) * sigmoid(b);
+    return tanh_sigmoid(a, b);
   } else if constexpr (kOp == Op::kMulSigmoid) {
     return a * sigmoid(b);
   } else {

@@ -294,5 +294,35 @@ inline void convolve(const Context& c, const Conv& conv, const Product& product,
   }
 }
 
+// The same for one cell of one image, without what many rows need. False where a tap is outside.
+inline bool convolve_one(const Context& c, const Conv& conv, const Product& product, const Segment& s) {
+  constexpr int kWide = widest(1);
+  const Source& source = c.plan.sources[conv.source];
+  const Tap* taps = c.plan.taps + conv.tap_begin;
+  const int64_t tap_count = conv.tap_end - conv.tap_begin;
+  bool all = true;
+  for (int64_t t = 0; t < tap_count; ++t) {
+    bool inside;
+    c.pointers[t * kRows] = tap_cell(c, conv, taps[t], source, s.row, s.col, inside).p;
+    all &= inside;
+  }
+  if (!all || conv.channels % (kWide * kPanel) != 0) return false;
+  const int64_t panel_size = product.depth * kPanel;
+  const float* from = conv.init < 0 ? c.plan.zeros : read(c, c.plan.sources[conv.init], s.row, s.col).p;
+  float* to = write(c, c.plan.targets[conv.out], s.row, s.col) + conv.out_channel;
+  const Ahead nothing{};
+  Rows rows{c.pointers, &from, &to, 0};
+  const float* weight = product.weight;
+  for (; rows.channel < conv.channels; rows.channel += kWide * kPanel, weight += kWide * panel_size) {
+    rows.from = &from;
+    for (const Piece *p = product.pieces, *end = p + product.piece_count; p < end; ++p) {
+      tile<1, kWide>(p, weight, panel_size, rows, nothing);
+      rows.from = &to;
+      while (!p->last) ++p;
+    }
+  }
+  return true;
+}
+
 }  // namespace GENPERF_ISA
 }  // namespace genperf::pixel

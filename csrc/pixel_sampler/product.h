@@ -36,12 +36,17 @@ struct Rows {
   int64_t channel;  // of `from` and `to`
 };
 
-// What to fetch into the second-level cache meanwhile: for each product `step` bytes, of each panel.
+// What to fetch meanwhile. Tiles of many rows take their time over a block, and fetch their share of the
+// next one, `step` bytes of each panel for each product. Tiles of few rows wait for the weights: they fetch
+// kDistance products ahead, and at the end of their panels go on with these; null: those that follow.
 struct Ahead {
   const char* p;
   int64_t step;
   int64_t panel_size;  // in bytes
 };
+
+inline constexpr int kFewRows = 3;
+inline constexpr int kDistance = 32;
 
 // to = from + the products of one block, which begins with `piece`, for kPanels panels of 16 channels.
 template <int kTile, int kPanels>
@@ -60,16 +65,12 @@ void tile(const Piece* piece, const float* weight, int64_t panel_size, const Row
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Nf{};
   for (bool last = false; !last; ++piece) {
+    last = piece->last;
     const float* a[kTile];
 #pragma GCC unroll 16
     for (int r = 0; r < kTile; ++r) a[r] = rows.taps[piece->tap * kRows + r] + piece->channel;
     const float* w = weight + piece->k * kPanel;
-
-    for (int64_t c = 0; c < piece->length; ++c, w += kPanel, ahead.p += ahead.step) {
-      if constexpr (kTile > 3) {  // fewer rows wait for the weights anyway
-#pragma GCC unroll 16
-        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(ahead.p + p * ahead.panel_size, 0, 2);
-      }
+    auto add = [&](int64_t c) __attribute__((always_inline)) {
       Nf b[kVectors];
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)
@@ -80,8 +81,23 @@ void tile(const Piece* piece, const float* weight, int64_t panel_size, const Row
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) sum[r][v] = fma_native(x, b[v], sum[r][v]);
       }
+      w += kPanel;
+    };
+    int64_t c = 0;
+    if constexpr (kTile <= kFewRows) {
+      const int64_t turn = piece->length - (last && ahead.p ? kDistance : 0);
+      for (; c < turn; ++c) {
+#pragma GCC unroll 16
+        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(w + kDistance * kPanel + p * panel_size);
+        add(c);
+      }
     }
-    last = piece->last;
+    for (; c < piece->length; ++c, ahead.p += ahead.step) {
+#pragma GCC unroll 16
+      for (int p = 0; p < kPanels; ++p)
+        __builtin_prefetch(ahead.p + p * ahead.panel_size, 0, kTile <= kFewRows ? 3 : 2);
+      add(c);
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kTile; ++r) {
@@ -148,7 +164,7 @@ inline void multiply(const Context& c, const Piece* pieces, int piece_count, con
       ++next;
       Ahead ahead{nullptr, line / tiles, panel_size * static_cast<int64_t>(sizeof(float))};
       if (next < pieces + piece_count) {
-        ahead.p = reinterpret_cast<const char*>(weight + next->k * kPanel);
+        if (count > kFewRows) ahead.p = reinterpret_cast<const char*>(weight + next->k * kPanel);
       } else if (left > panels) {
         ahead.p = reinterpret_cast<const char*>(next_weight);
       } else {
@@ -310,15 +326,19 @@ inline bool convolve_one(const Context& c, const Conv& conv, const Product& prod
   const int64_t panel_size = product.depth * kPanel;
   const float* from = conv.init < 0 ? c.plan.zeros : read(c, c.plan.sources[conv.init], s.row, s.col).p;
   float* to = write(c, c.plan.targets[conv.out], s.row, s.col) + conv.out_channel;
-  const Ahead nothing{};
+  constexpr int64_t kFloat = sizeof(float);
   Rows rows{c.pointers, &from, &to, 0};
   const float* weight = product.weight;
   for (; rows.channel < conv.channels; rows.channel += kWide * kPanel, weight += kWide * panel_size) {
     rows.from = &from;
-    for (const Piece *p = product.pieces, *end = p + product.piece_count; p < end; ++p) {
-      tile<1, kWide>(p, weight, panel_size, rows, nothing);
-      rows.from = &to;
+    const bool end = rows.channel + kWide * kPanel == conv.channels;
+    const Ahead next{reinterpret_cast<const char*>(end ? c.next_weight : weight + kWide * panel_size),
+                     kPanel * kFloat, (end ? c.next_panel_size : panel_size) * kFloat};
+    for (const Piece *p = product.pieces, *pieces_end = p + product.piece_count; p < pieces_end;) {
+      const Piece* block = p;
       while (!p->last) ++p;
+      tile<1, kWide>(block, weight, panel_size, rows, ++p == pieces_end ? next : Ahead{});
+      rows.from = &to;
     }
   }
   return true;

@@ -57,7 +57,7 @@ void run(const Plan& plan, intptr_t workspace, intptr_t values, intptr_t noise, 
 }
 
 const RegisterBinder binder([](pybind11::module_& cpu, pybind11::module_*) {
-  pybind11::class_<Plan>(cpu, "PixelSampler")
+  pybind11::class_<Plan>(cpu, "PixelSampler", pybind11::module_local())
       .def(pybind11::init(&make_plan))
       .def_readonly("scratch", &Plan::scratch)
       .def("run", &run, pybind11::call_guard<pybind11::gil_scoped_release>());

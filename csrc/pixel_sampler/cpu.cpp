@@ -1,11 +1,13 @@
-#include <omp.h>
-
 #include <algorithm>
 #include <cstdlib>
 
 #include "../common/isa.h"
 #include "head.h"
 #include "pixel_sampler.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace genperf::pixel {
 
@@ -153,20 +155,22 @@ void pixel_sampler_cpu(const RunArgs& args) {
   };
   if (threads == 1) return member(0, 0, args.batch, nullptr);
   if (args.batch >= threads) {
-#pragma omp parallel num_threads(threads)
-    {
-      const int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
-      member(static_cast<int>(part), args.batch * part / parts, args.batch * (part + 1) / parts, nullptr);
-    }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int part = 0; part < threads; ++part)
+      member(part, args.batch * part / threads, args.batch * (part + 1) / threads, nullptr);
     return;
   }
   Team team;
+#if defined(_OPENMP)
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp single
-    team.size = omp_get_num_threads();
+    team.size = omp_get_num_threads();  // as many as there really are: they wait for each other
     member(omp_get_thread_num(), 0, args.batch, &team);
   }
+#else
+  member(0, 0, args.batch, &team);
+#endif
 }
 
 }  // namespace genperf::pixel

@@ -56,11 +56,18 @@ void run(const Plan& plan, intptr_t workspace, intptr_t values, intptr_t noise, 
   pixel_sampler_cpu(args);
 }
 
+double sum_floats(View x) {
+  double sum = 0.0;
+  sum_floats_cpu({data<float>(x), x.numel(), &sum});
+  return sum;
+}
+
 const RegisterBinder binder([](pybind11::module_& cpu, pybind11::module_*) {
   pybind11::class_<Plan>(cpu, "PixelSampler", pybind11::module_local())
       .def(pybind11::init(&make_plan))
       .def_readonly("scratch", &Plan::scratch)
       .def("run", &run, pybind11::call_guard<pybind11::gil_scoped_release>());
+  cpu.def("sum_floats", &sum_floats);
 });
 
 }  // namespace

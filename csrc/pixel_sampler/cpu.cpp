@@ -12,6 +12,7 @@
 namespace genperf::pixel {
 
 GENPERF_ISA_TABLE(pixel_sampler_member, MemberArgs);
+GENPERF_ISA_TABLE(sum_floats, SumArgs);
 
 namespace {
 
@@ -172,5 +173,7 @@ void pixel_sampler_cpu(const RunArgs& args) {
   member(0, 0, args.batch, &team);
 #endif
 }
+
+void sum_floats_cpu(const SumArgs& args) { sum_floats_isas(args); }
 
 }  // namespace genperf::pixel

@@ -221,5 +221,20 @@ void pixel_sampler_member(const MemberArgs& member) {
   if (member.team) __atomic_store_n(&member.team->job, int64_t{-1}, __ATOMIC_RELEASE);
 }
 
+// Eight independent chains, so that the reads are what it waits for.
+void sum_floats(const SumArgs& args) {
+  constexpr int kChains = 8;
+  Nf chains[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains * kNativeLanes <= args.n; i += kChains * kNativeLanes)
+#pragma GCC unroll 8
+    for (int j = 0; j < kChains; ++j) chains[j] += load_native(args.x + i + j * kNativeLanes);
+  double sum = 0.0;
+  for (const Nf& chain : chains)
+    for (int lane = 0; lane < kNativeLanes; ++lane) sum += chain[lane];
+  for (; i < args.n; ++i) sum += args.x[i];
+  *args.sum = sum;
+}
+
 }  // namespace GENPERF_ISA
 }  // namespace genperf::pixel

@@ -142,4 +142,14 @@ struct MemberArgs {
 
 void pixel_sampler_cpu(const RunArgs& args);
 
+// The sum of n floats by one thread, as fast as it can read them: what benchmarks compare the streaming of
+// weights with.
+struct SumArgs {
+  const float* x;
+  int64_t n;
+  double* sum;
+};
+
+void sum_floats_cpu(const SumArgs& args);
+
 }  // namespace genperf::pixel

@@ -17,7 +17,40 @@ inline void find_keys(const Context& c, const Source& s, int64_t cols, int64_t k
   }
 }
 
-// scores[h][j] for keys [0, keys), -inf up to `stride`, and their largest.
+// In each 128 bits, four floats from c on of every fourth key, so that a transposition stays within them.
+GENPERF_HD Nf load_quads(const float* const* key, int64_t c) {
+#if defined(__AVX512F__)
+  __m512 x = _mm512_castps128_ps512(_mm_loadu_ps(key[0] + c));
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(key[4] + c), 1);
+  x = _mm512_insertf32x4(x, _mm_loadu_ps(key[8] + c), 2);
+  return (Nf)_mm512_insertf32x4(x, _mm_loadu_ps(key[12] + c), 3);
+#elif defined(__AVX2__)
+  return (Nf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(key[0] + c)), _mm_loadu_ps(key[4] + c),
+                                  1);
+#else
+  return load_native(key[0] + c);
+#endif
+}
+
+// Channels c to c + 3 of 16 keys: of each channel, all keys in one block.
+GENPERF_HD void load_columns(const float* const* key, int64_t c, Vf* columns) {
+  for (int part = 0; part < kParts; ++part) {
+    Nf rows[4];
+    for (int r = 0; r < 4; ++r) rows[r] = load_quads(key + part * kNativeLanes + r, c);
+    const Nf low01 = unpack_low(rows[0], rows[1]), high01 = unpack_high(rows[0], rows[1]);
+    const Nf low23 = unpack_low(rows[2], rows[3]), high23 = unpack_high(rows[2], rows[3]);
+    columns[0].part[part] = unpack_low_pairs(low01, low23);
+    columns[1].part[part] = unpack_high_pairs(low01, low23);
+    columns[2].part[part] = unpack_low_pairs(high01, high23);
+    columns[3].part[part] = unpack_high_pairs(high01, high23);
+  }
+}
+
+GENPERF_HD Vf multiply_add(float x, Vf y, Vf sum) {
+  return for_parts<Vf>([&](int i) { return fma_native(splat<Nf>(x), y.part[i], sum.part[i]); });
+}
+
+// scores[h][j] for keys [0, keys), -inf from there to `stride`.
 inline void score(const Attention& a, const float* q, const float* const* k, int64_t shift, int64_t keys,
                   int64_t head_begin, int64_t head_end, float* scores, int64_t stride) {
   const float scale = static_cast<float>(a.scale);
@@ -27,13 +60,18 @@ inline void score(const Attention& a, const float* q, const float* const* k, int
     for (int64_t h = head_begin; h < head_end; ++h) {
       Vf total = splat<Vf>(0.0f);
       for (int64_t block = h * a.dim_k, end = block + a.dim_k; block < end; block += kBlock) {
+        const int64_t block_end = block + kBlock < end ? block + kBlock : end;
         Vf sum = splat<Vf>(0.0f);
-        for (int64_t c = block; c < end && c < block + kBlock; ++c) {
+        int64_t c = block;
+        for (; c + 4 <= block_end; c += 4) {
+          Vf columns[4];
+          load_columns(key, c, columns);
+          for (int i = 0; i < 4; ++i) sum = multiply_add(q[c + i], columns[i], sum);
+        }
+        for (; c < block_end; ++c) {
           float column[kLanes];
           for (int i = 0; i < kLanes; ++i) column[i] = key[i][c];
-          const Vf keys_at_c = load(column);
-          const Nf x = splat<Nf>(q[c]);
-          sum = for_parts<Vf>([&](int i) { return fma_native(x, keys_at_c.part[i], sum.part[i]); });
+          sum = multiply_add(q[c], load(column), sum);
         }
         total = block == h * a.dim_k ? sum : total + sum;
       }
@@ -42,6 +80,22 @@ inline void score(const Attention& a, const float* q, const float* const* k, int
   }
   for (int64_t h = 0; h < head_end - head_begin; ++h)
     for (int64_t j = keys; j < stride; ++j) scores[h * stride + j] = -kInfinity;
+}
+
+// The sum of n numbers in blocks; four blocks at a time, each a chain of its own.
+inline float sum_in_blocks(const float* x, int64_t n) {
+  float total = 0.0f;
+  for (int64_t begin = 0; begin < n; begin += 4 * kBlock) {
+    float sums[4] = {};
+    if (begin + 4 * kBlock <= n) {
+      for (int64_t j = begin; j < begin + kBlock; ++j)
+        for (int i = 0; i < 4; ++i) sums[i] = sums[i] + x[j + i * kBlock];
+    } else {
+      for (int64_t j = begin; j < n; ++j) sums[(j - begin) / kBlock] += x[j];
+    }
+    for (int i = 0; i < 4 && begin + i * kBlock < n; ++i) total = begin + i == 0 ? sums[0] : total + sums[i];
+  }
+  return total;
 }
 
 // In place: weights from scores [0, stride), and their sum.
@@ -56,13 +110,7 @@ inline float weigh(float* scores, int64_t stride) {
   float largest = lanes[0];
   for (float x : lanes) largest = x > largest ? x : largest;
   for (int64_t j = 0; j < stride; j += kLanes) store(scores + j, exp(load(scores + j) - largest));
-  float total = 0.0f;
-  for (int64_t block = 0; block < stride; block += kBlock) {
-    float sum = 0.0f;
-    for (int64_t j = block; j < stride && j < block + kBlock; ++j) sum = sum + scores[j];
-    total = block == 0 ? sum : total + sum;
-  }
-  return total;
+  return sum_in_blocks(scores, stride);
 }
 
 // Channels of one head, at most 16, that are summed together.
@@ -88,9 +136,7 @@ void mix(const Slice* slices, const float* const* v, int64_t shift, int64_t keys
           for (int i = 0; i < kLanes; ++i) partial[i] = i < slices[s].length ? from[i] : 0.0f;
           from = partial;
         }
-        const Vf x = load(from);
-        const Nf w = splat<Nf>(slices[s].weights[j]);
-        sum[s] = for_parts<Vf>([&](int i) { return fma_native(w, x.part[i], sum[s].part[i]); });
+        sum[s] = multiply_add(slices[s].weights[j], load(from), sum[s]);
       }
     }
     for (int s = 0; s < kSlices; ++s) total[s] = block == 0 ? sum[s] : total[s] + sum[s];

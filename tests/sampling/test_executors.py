@@ -5,9 +5,11 @@ import pytest
 import torch
 from genperf_testing.programs import BINARY, HEADS, Interpreter, pointwise, random_program
 
+import genperf
 from genperf import _backend
 from genperf.sampling._native import CPUExecutor
 from genperf.sampling._program import (
+    Attention,
     Buffer,
     Const,
     Conv,
@@ -75,9 +77,11 @@ def sampled(executor, noise, **options):
     return state.values
 
 
-@pytest.fixture
-def threads(request):
+@pytest.fixture(autouse=True)
+def threads():
+    """Sets the number of threads; one until then, since small operations of torch only wait for more."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
@@ -273,3 +277,72 @@ def test_constructor_names_what_it_cannot_do():
         CPUExecutor(program, "meta")
     with pytest.raises(ValueError, match=r"dtype: torch\.float64"):
         CPUExecutor(program, dtype=torch.float64)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request):
+    if request.param not in genperf.cpu_isas():
+        pytest.skip(f"this processor has no {request.param}")
+    before = _backend.native.isa()
+    _backend.native.set_isa(request.param)
+    yield request.param
+    _backend.native.set_isa(before)
+
+
+@NATIVE
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("head", ["categorical", "mixture"])
+@pytest.mark.parametrize("seed", [20, 21, 22])
+def test_every_instruction_set(seed, head, batch, isa):
+    program = random_program(seed, head, wide=100)
+    values = random_values(program.head, 7)
+    exact = teacher_forced(ReferenceExecutor(program, dtype=torch.float64), values)
+    executor = CPUExecutor(program)
+    native = teacher_forced(executor, values)
+    assert (native - exact).abs().max() <= 1e-5 * max(1.0, exact.abs().max().item())
+    assert torch.equal(teacher_forced(executor, values[:batch]), native[:, :batch])
+
+
+def attention_program(rows, cols, heads, dim_k, dim_v):
+    """Slot 0: attention of every cell over all cells before it, from three buffers that the test fills."""
+    program = Program(
+        Head(HeadKind.CALLBACK, 3, rows, cols, 1, 1, 1, 1, 1, 0, FeedbackKind.NONE, -1, 1.0, 0.0)
+    )
+    channels = (heads * dim_k, heads * dim_k, heads * dim_v, heads * dim_v)
+    for c in channels:
+        program.buffers.append(Buffer(program.workspace, rows, cols, c))
+        program.operands.append(Operand(False, len(program.operands)))
+        program.workspace += rows * cols * c
+    program.tensors = [torch.arange(rows * cols)]
+    program.instructions = [Attention(3, 0, 0, 1, 2, heads, dim_k, dim_v, dim_k**-0.5, 0, cols)]
+    program.segments = torch.tensor([[0, y, 0, cols, 0] for y in range(rows)], dtype=torch.int32)
+    program.slot_begin = torch.tensor([0] + [rows] * (rows * cols))
+    return program
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    ("rows", "cols", "heads", "dim_k", "dim_v"),
+    [(25, 27, 8, 16, 16), (26, 25, 3, 5, 20), (3, 60, 2, 150, 7), (40, 16, 1, 33, 130)],
+)
+def test_attention_over_many_keys(rows, cols, heads, dim_k, dim_v, isa, threads):
+    """More keys and products than one block holds."""
+    program = attention_program(rows, cols, heads, dim_k, dim_v)
+    filled = torch.randn(program.workspace * 3, generator=torch.Generator().manual_seed(0)) * 2
+    results = []
+    for count, executor in (
+        (1, ReferenceExecutor(program, dtype=torch.float64)),
+        (1, ReferenceExecutor(program)),
+        (1, CPUExecutor(program)),
+        (2, CPUExecutor(program)),
+        (5, CPUExecutor(program)),
+    ):
+        threads(count)
+        state = start(executor, 3)
+        out = program.buffers[3].offset * 3
+        state.workspace[:out] = filled[:out]
+        executor.run(state, 0, 1, None)
+        results.append(state.workspace[out:].clone())
+    exact, plain, native, *others = results
+    assert (native - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2e-6
+    assert all(torch.equal(other, native) for other in others)

@@ -58,7 +58,9 @@ class GatedPixelCNNRGB(nn.Module):
     Key names and mathematics of anordertoreclaim/PixelCNN (its defaults too), whose checkpoints load:
     causal_conv.{v_conv, v_fc, v_to_h, h_conv, h_fc}, hidden_conv.{l}.{v_conv, v_fc, v_to_h, h_conv, h_fc,
     h_skip, label_embedding}, label_embedding, out_hidden_conv, out_conv. The vertical stack includes the
-    current row, and reaches the horizontal one shifted down by a row. Feature map o belongs to data channel
+    current row, and reaches the horizontal one shifted down by a row. The first layer masks the channels of
+    the current pixel twice, as there, so that of three channels the last sees the first one, and none the
+    second. Feature map o belongs to data channel
     ``o % data_channels``, hence the multiple asked of ``hidden_fmaps``: without it the two halves of the
     gate would belong to different channels, and the model would see the channel that it predicts.
 

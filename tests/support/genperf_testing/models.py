@@ -34,6 +34,10 @@ def _pixelcnn_embedding() -> TinyModel:
     return TinyModel(ar.PixelCNN(7, 6, 3, 3, embedding=4), (6, 7), "index", "categorical")
 
 
+def _pixelcnn_rgb() -> TinyModel:
+    return TinyModel(ar.PixelCNN(4, 12, 3, 3, in_channels=3), (3, 6, 5), "unit", "categorical")
+
+
 def _gated_pixelcnn() -> TinyModel:
     return TinyModel(ar.GatedPixelCNN(9, 6, 3, 0, hidden_dim=10), (7, 6), "index", "categorical")
 
@@ -43,7 +47,7 @@ def _gated_pixelcnn_class() -> TinyModel:
 
 
 def _gated_pixelcnn_rgb() -> TinyModel:
-    model = ar.GatedPixelCNNRGB(4, 6, 2, 7, causal_ksize=5, hidden_ksize=3, n_classes=3)
+    model = ar.GatedPixelCNNRGB(4, 12, 2, 14, causal_ksize=5, hidden_ksize=3, n_classes=3)
     return TinyModel(model, (3, 5, 6), "unit", "categorical")
 
 
@@ -74,6 +78,7 @@ def _wavenet() -> TinyModel:
 _FAMILIES: dict[str, Callable[[], TinyModel]] = {
     "pixelcnn_raw": _pixelcnn_raw,
     "pixelcnn_embedding": _pixelcnn_embedding,
+    "pixelcnn_rgb": _pixelcnn_rgb,
     "gated_pixelcnn": _gated_pixelcnn,
     "gated_pixelcnn_class": _gated_pixelcnn_class,
     "gated_pixelcnn_rgb": _gated_pixelcnn_rgb,
@@ -85,7 +90,7 @@ _FAMILIES: dict[str, Callable[[], TinyModel]] = {
 }
 _GAIN = {
     "pixelcnn_embedding": 1.8,
-    "gated_pixelcnn_rgb": 2.5,
+    "gated_pixelcnn_rgb": 3.0,
     "pixelcnnpp": 1.4,
     "pixelsnail": 1.8,
     "pixelsnail_cond": 2.0,

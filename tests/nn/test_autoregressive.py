@@ -179,3 +179,21 @@ def hidden(model, name, tap):
         rows, columns = module.kernel_size
         return tap[0] == rows - 1 and tap[1] >= columns // 2
     return False
+
+
+def test_rgb_horizontal_stack_gets_the_row_above_as_published():
+    """There v_fc and the label are added in place, and so reach the overlapping view one row up as well."""
+    tiny = tiny_model("gated_pixelcnn_rgb")
+    block, label = tiny.model.hidden_conv[0], torch.tensor([1])
+    v = torch.randn(1, 12, 5, 6, generator=torch.Generator().manual_seed(2))
+    given = []
+    block.v_to_h.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    with torch.no_grad():
+        block(v, v, label)
+        padded = nn.functional.pad(v, (0, 0, block.rows, block.rows))
+        conv = block.v_conv(padded)
+        current, above = conv[:, :, 1 : -block.rows], conv[:, :, : -block.rows - 1]
+        assert current.shape == above.shape == (1, 24, 5, 6)
+        current += block.v_fc(v)
+        current += block.label_embedding(label)[:, :, None, None]
+    torch.testing.assert_close(given[0], above, rtol=1e-5, atol=1e-5)

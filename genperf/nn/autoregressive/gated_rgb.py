@@ -39,13 +39,18 @@ class _Block(nn.Module):
 
     def forward(self, v: Tensor, h: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """v and h [B, width_in, H, W] -> v, h and the skip connection [B, width, H, W]."""
-        # Row i of rows[1:] ends at image row i; of rows[:-1] at the row above, which is all that h may see.
-        rows = self.v_conv(F.pad(v, (0, 0, self.rows, 0)))
+        rows = self.v_conv(F.pad(v, (0, 0, self.rows, 0)))  # H + 1 of them: the first ends above the image
+        cond = None if label is None else self.label_embedding(label)[:, :, None, None]
         vertical = rows[:, :, 1:] + self.v_fc(v)
-        horizontal = self.h_conv(h) + self.v_to_h(rows[:, :, :-1])
-        if label is not None:
-            cond = self.label_embedding(label)[:, :, None, None]
-            vertical, horizontal = vertical + cond, horizontal + cond
+        if cond is not None:
+            vertical = vertical + cond
+        # The horizontal stack may see the row above: in row 0 that is the bare convolution, elsewhere what
+        # the vertical stack has there, v_fc and label included. (The public code adds these in place, to a
+        # view that overlaps the one which it hands on.)
+        above = torch.cat([rows[:, :, :1], vertical[:, :, :-1]], dim=2)
+        horizontal = self.h_conv(h) + self.v_to_h(above)
+        if cond is not None:
+            horizontal = horizontal + cond
         gated = _gate(horizontal)
         if self.first:
             return _gate(vertical), self.h_fc(gated), torch.zeros_like(gated)

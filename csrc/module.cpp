@@ -5,6 +5,7 @@
 #include <string>
 
 #include "common/binding.h"
+#include "common/direct.h"
 #include "common/isa.h"
 
 #if defined(GENPERF_WITH_CUDA) || defined(GENPERF_SIMT)
@@ -51,6 +52,35 @@ void choose_isa(const std::string& wanted) {
   throw std::invalid_argument("this machine cannot run instruction set '" + wanted + "'");
 }
 
+// Before any call that goes past torch's dispatcher; see Torch.
+void meet_torch(const py::module_& torch, const py::list& listeners, const py::list& tensors,
+                const py::list& others) {
+  Torch& t = Torch::instance();
+  t = Torch{};
+  for (py::handle x : listeners) t.listeners.push_back(x.inc_ref().ptr());
+  for (py::handle x : tensors) t.tensors.push_back((PyTypeObject*)x.inc_ref().ptr());
+  for (py::handle x : others) t.others.push_back((PyTypeObject*)x.inc_ref().ptr());
+  t.device = (PyTypeObject*)py::object(torch.attr("device")).release().ptr();
+  t.is_neg = py::object(torch.attr("Tensor").attr("is_neg")).release().ptr();
+  t.new_empty = py::object(torch.attr("Tensor").attr("new_empty")).release().ptr();
+  t.empty_like = py::object(torch.attr("empty_like")).release().ptr();
+  t.is_grad_enabled = py::object(torch.attr("is_grad_enabled")).release().ptr();
+  t.float32 = py::object(torch.attr("float32")).release().ptr();
+}
+
+// The device type of a call with these arguments, if it may go past torch's dispatcher; else None.
+py::object direct_device(PyObject* const* args, Py_ssize_t n) {
+  const Torch& torch = Torch::instance();
+  if (!torch.quiet()) return py::none();
+  py::handle first;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    const bool tensor = torch.is_tensor(args[i]);
+    if (tensor ? torch.is_negated(args[i]) : !torch.is_other(args[i])) return py::none();
+    if (!first && (tensor || torch.is_device(args[i]))) first = args[i];
+  }
+  return first ? torch.device_type(first) : py::str("cpu");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(GENPERF_MODULE_NAME, module) {
@@ -60,6 +90,8 @@ PYBIND11_MODULE(GENPERF_MODULE_NAME, module) {
   module.attr("version") = GENPERF_VERSION;
   module.attr("compiler") = __VERSION__;
   module.attr("cuda_architectures") = GENPERF_CUDA_ARCHITECTURES;
+  module.def("meet_torch", meet_torch);
+  def_raw<direct_device>(module, "direct_device");
   py::module_ cpu = module.def_submodule("cpu");
   py::module_ cuda;
   if constexpr (kWithCuda) cuda = module.def_submodule("cuda");

@@ -19,12 +19,15 @@ _library = torch.library.Library("genperf", "FRAGMENT")
 class Implementation:
     """One backend's way to run an operator.
 
-    ``refuses(*args)`` says why it cannot take these arguments; None if it can.
+    ``refuses(*args)`` says why it cannot take these arguments; None if it can. ``direct``, if there is one,
+    does for a plain call of the public function all that stands between it and the kernel, or returns
+    NotImplemented; its arguments are its own affair.
     """
 
     backend: str
     run: Callable[..., Any]
     refuses: Callable[..., str | None]
+    direct: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,37 @@ class Choice:
 
 _recorder: list[Choice] | None = None
 
-_PLAIN = {
-    Tensor, torch.nn.Parameter, type(None), bool, int, float, list, torch.device, torch.Generator
-}  # fmt: skip
 _compiling = torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
-_profiling = torch.autograd._profiler_enabled
+
+# A true result of one of them: something is listening to torch's dispatcher.
+_LISTENERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._functorch.peek_interpreter_stack,
+    torch._C._get_tracing_state,
+    torch.autograd._profiler_enabled,
+)
+_TENSORS = (Tensor, torch.nn.Parameter)
+_OTHERS = (type(None), bool, int, float, list, torch.device, torch.Generator)
+
+
+def _direct_device(*args: Any) -> str | None:
+    """The device type of a call with these arguments, if it may go past torch's dispatcher; else None."""
+    if any(listener() for listener in _LISTENERS):
+        return None
+    for arg in args:
+        kind = type(arg)
+        if kind in _TENSORS:
+            if arg.is_neg():
+                return None
+        elif kind not in _OTHERS:
+            return None
+    return _device_of(args)
+
+
+direct_device: Callable[..., str | None] = _direct_device
+if _backend.native is not None:
+    _backend.native.meet_torch(torch, list(_LISTENERS), list(_TENSORS), list(_OTHERS))
+    direct_device = _backend.native.direct_device
 
 
 class Operator:
@@ -74,15 +100,20 @@ class Operator:
         self._usable: dict[str, tuple[Implementation, ...]] = {}
         _backend.choices.append(self._usable)
         _library.define(name + schema, tags=tuple(tags))
-        _library.impl(name, lambda *a: _present(self._run(*a), a), "CompositeExplicitAutograd")
+        run = lambda *a: _present(self.run(_device_of(a), a), a)  # noqa: E731
+        _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"genperf::{name}", lambda *a: _present(fake(*a), a), lib=_library)
         self.overload = getattr(torch.ops.genperf, name).default
 
     def implement(
-        self, backend: str, run: Callable[..., Any], refuses: Callable[..., str | None] = lambda *_: None
+        self,
+        backend: str,
+        run: Callable[..., Any],
+        refuses: Callable[..., str | None] = lambda *_: None,
+        direct: Callable[..., Any] | None = None,
     ) -> None:
         """Add a backend. ``run`` takes the op's arguments and returns its results."""
-        self._implementations[backend] = Implementation(backend, run, refuses)
+        self._implementations[backend] = Implementation(backend, run, refuses, direct)
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -94,19 +125,20 @@ class Operator:
         Plain eager calls go straight to the backend; torch's dispatcher, which would take most of the
         time of a small call, is used only where something is listening there.
         """
-        if (
-            not _compiling()
-            and _dispatch_modes() == 0
-            and _functorch_level() is None
-            and _tracing() is None
-            and not _profiling()
-            and _PLAIN.issuperset(map(type, args))
-        ):
-            return self._run(*args)
+        if not _compiling() and (device := direct_device(*args)) is not None:
+            return self.run(device, args)
         return self.overload(*args)
 
-    def _run(self, *args: Any) -> Any:
-        device = _device_of(args)
+    def direct(self, device: str) -> Callable[..., Any] | None:
+        """The short way to the backend that is first for this device; None where it has none, or a call
+        is to be recorded."""
+        if _recorder is not None:
+            return None
+        usable = self._usable.get(device) or self._find_usable(device)
+        return usable[0].direct if usable else None
+
+    def run(self, device: str, args: tuple[Any, ...]) -> Any:
+        """Run the op below torch's dispatcher; ``device`` is the type that ``direct_device`` gave."""
         if _recorder is None:
             for implementation in self._usable.get(device) or self._find_usable(device):
                 if implementation.refuses(*args) is None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import genperf
-from genperf import _backend
+from genperf import _backend, _op
 from genperf.__main__ import main
 from genperf._op import Operator
 from genperf.ops import gaussian_sample
@@ -247,7 +247,7 @@ def test_environment():
     code = """
         import torch
         import genperf
-        from genperf import _backend
+        from genperf import _backend, _op
         x = torch.zeros(2, 3)
         def chosen():
             return genperf.explain(genperf.ops.gaussian_sample, x, x, noise=x).choices[0].backend
@@ -349,3 +349,98 @@ def test_an_operator_within_torch(twice):
     with torch.profiler.profile() as profile:
         twice.operator(T)
     assert any(twice.operator.name in event.key for event in profile.key_averages())
+
+
+# Calls past the dispatcher
+
+
+@pytest.mark.parametrize("direct_device", [_op._direct_device, _op.direct_device], ids=["python", "native"])
+def test_what_may_go_past_the_dispatcher(direct_device):
+    """The decision in C++ is that in Python."""
+
+    class Subclass(torch.Tensor):
+        pass
+
+    negated = torch.zeros(2, dtype=torch.complex64).conj().imag
+    assert direct_device(T, None, True, 1, 0.5, [2, 3], torch.Generator()) == "cpu"
+    assert direct_device(torch.nn.Parameter(T)) == "cpu"
+    assert direct_device(None, T.to("meta"), T) == "meta"
+    assert direct_device(None, torch.device("cuda:1")) == "cuda"
+    assert direct_device() == "cpu"
+    for arg in (negated, T.as_subclass(Subclass), "text", (1, 2)):
+        assert direct_device(T, arg) is None
+    with torch.profiler.profile():
+        assert direct_device(T) is None
+    inside = []
+    torch.vmap(lambda x: (inside.append(direct_device(T)), x)[1])(T)
+    torch.func.grad(lambda x: (inside.append(direct_device(x)), x.sum())[1])(T)
+    assert inside == [None, None]
+
+
+def listened_to(how: str):
+    return {
+        "profiler": torch.profiler.profile,
+        "recorder": _op._recording,
+        "reference": lambda: genperf.backend("reference"),
+    }[how]()
+
+
+@pytest.mark.parametrize("how", ["profiler", "recorder", "reference"])
+def test_the_short_way_is_left_where_somebody_listens(how):
+    key = torch.tensor([3, 4])
+    short = gaussian_sample(T + 0.5, T, key=key, log_prob=True)
+    with listened_to(how):
+        long = gaussian_sample(T + 0.5, T, key=key, log_prob=True)
+    for a, b in zip(short, long, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sample", "mean"])
+def test_the_short_way_gives_the_same(dtype, reduction):
+    """Bits, shapes, dtypes and strides; through the dispatcher where a profiler is listening."""
+    torch.manual_seed(0)
+    mean, scale = torch.randn(2, 5, 3, 4, dtype=dtype).transpose(0, 1).chunk(2, 3)
+    wanted = itertools.product((False, True), repeat=3)
+    for (sample, kl, log_prob), key in itertools.product(wanted, (None, torch.tensor([5, 6]))):
+        options = {"sample": sample, "kl": kl, "log_prob": log_prob, "reduction": reduction, "key": key}
+        torch.manual_seed(1)
+        short = gaussian_sample(mean, scale, **options)
+        torch.manual_seed(1)
+        with torch.profiler.profile():
+            long = gaussian_sample(mean, scale, **options)
+        for a, b in zip(short, long, strict=True):
+            if b is None:
+                assert a is None
+            else:
+                assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+                assert torch.equal(a, b)
+
+
+def test_a_negated_view():
+    """A tensor whose sign is yet to be changed has other values than its memory."""
+    x = torch.randn(3, 4, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    zero = torch.zeros(3, 4)
+    assert torch.equal(gaussian_sample(x, zero, noise=zero).z, x)
+    key = torch.tensor([1, 2])
+    assert torch.equal(gaussian_sample(x, zero, key=key).z, gaussian_sample(x.resolve_neg(), zero, key=key).z)
+    mean = x.detach().requires_grad_()
+    gaussian_sample(mean, zero, noise=zero).kl.sum().backward()
+    assert torch.equal(mean.grad, x)
+
+
+def test_keys_in_inference_mode_and_threads():
+    """The key that a call draws for itself is used again: not between threads, and in any mode."""
+    import threading
+
+    def draws() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            first = gaussian_sample(T, T).z
+        return [first, gaussian_sample(T, T).z]
+
+    found = draws()
+    thread = threading.Thread(target=lambda: found.extend(draws()))
+    thread.start()
+    thread.join()
+    assert len({tuple(z.flatten().tolist()) for z in found}) == 4

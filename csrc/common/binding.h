@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "view.h"
+#include "tensor.h"
 
 namespace genperf {
 
@@ -60,65 +60,13 @@ auto on_cuda(Args (*pack)(P...), int (*launch)(const Args&, void*)) {
 
 namespace pybind11::detail {
 
-// Any object with torch's data_ptr(), dtype, shape and stride(); None is an absent view.
 template <>
 struct type_caster<genperf::View> {
   PYBIND11_TYPE_CASTER(genperf::View, const_name("Tensor | None"));
 
   bool load(handle tensor, bool) {
-    value = genperf::View{};
-    if (tensor.is_none()) return true;
-    static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-    static PyObject* const dtype = PyUnicode_InternFromString("dtype");
-    static PyObject* const shape = PyUnicode_InternFromString("shape");
-    static PyObject* const stride = PyUnicode_InternFromString("stride");
-
-    object pointer = steal(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr));
-    object type = steal(PyObject_GetAttr(tensor.ptr(), dtype));
-    object sizes = steal(PyObject_GetAttr(tensor.ptr(), shape));
-    object strides = steal(PyObject_CallMethodNoArgs(tensor.ptr(), stride));
-    value.data = PyLong_AsVoidPtr(pointer.ptr());
-    value.dtype = dtype_of(type);
-    value.ndim = static_cast<int>(PyTuple_GET_SIZE(sizes.ptr()));
-    if (value.ndim > genperf::kMaxDims) return false;
-    for (int d = 0; d < value.ndim; ++d) {
-      value.shape[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), d));
-      value.stride[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), d));
-    }
-    return true;
-  }
-
- private:
-  static object steal(PyObject* result) {
-    if (!result) throw error_already_set();
-    return reinterpret_steal<object>(result);
-  }
-
-  // torch's dtypes are singletons: each is read by name once and known by address afterwards.
-  static genperf::DType dtype_of(const object& type) {
-    struct Known {
-      PyObject* type;
-      genperf::DType dtype;
-    };
-    static std::vector<Known> known;
-    for (const Known& k : known)
-      if (k.type == type.ptr()) return k.dtype;
-    std::string name = str(type);
-    genperf::DType dtype;
-    if (name == "torch.float32")
-      dtype = genperf::DType::kFloat32;
-    else if (name == "torch.float16")
-      dtype = genperf::DType::kFloat16;
-    else if (name == "torch.bfloat16")
-      dtype = genperf::DType::kBFloat16;
-    else if (name == "torch.float64")
-      dtype = genperf::DType::kFloat64;
-    else if (name == "torch.int64")
-      dtype = genperf::DType::kInt64;
-    else
-      throw type_error("genperf._native: unsupported dtype " + name);
-    known.push_back({type.inc_ref().ptr(), dtype});
-    return dtype;
+    value = genperf::view_of(tensor.ptr());
+    return value.ndim <= genperf::kMaxDims;
   }
 };
 

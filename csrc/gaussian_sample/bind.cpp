@@ -1,4 +1,5 @@
 #include "../common/binding.h"
+#include "../common/direct.h"
 #include "gaussian_sample.h"
 
 namespace genperf {
@@ -31,9 +32,83 @@ GaussianArgs backward_args(View grad_z, View grad_kl, View grad_log_prob, View m
   return a;
 }
 
+// Below this, other threads may wait.
+constexpr int64_t kFewElements = 4096;
+
+// passing.key, filled from torch's default generator.
+pybind11::object drawn(PyObject* passing) {
+  static PyObject* const key = PyUnicode_InternFromString("key");
+  static PyObject* const random = PyUnicode_InternFromString("random_");
+  return detail::owned(
+      PyObject_CallMethodNoArgs(detail::owned(PyObject_GetAttr(passing, key)).ptr(), random));
+}
+
+// (type, mean, scale, key, passing, (transform, low, high, offset, temperature, reduce), z, kl, log_prob) ->
+// `type` of the three results, None where not wanted; or NotImplemented where anything but a plain call
+// without a gradient is asked for, or the arguments do not fit. `type` is a tuple. Where `key` is None it is
+// drawn into passing.key.
+pybind11::object forward_direct(PyObject* const* args, Py_ssize_t n) {
+  namespace py = pybind11;
+  const Torch& torch = Torch::instance();
+  const py::object other = py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  if (n != 9) throw std::invalid_argument("gaussian_sample_direct: expected nine arguments");
+  PyObject *const mean = args[1], *const scale = args[2], *const settings = args[5];
+  DlTensor m, s;
+  DType dtype;
+  if (!torch.plain(mean, m) || !torch.plain(scale, s) || !dtype_of(m, dtype) || !same_kind(m, s) ||
+      !same_shape(m, s))
+    return other;
+  const bool reduce = PyTuple_GET_ITEM(settings, 5) == Py_True;
+  if (m.device_type != DlTensor::kCpu || m.ndim > kMaxDims || (reduce && m.ndim == 0) ||
+      (dtype != DType::kFloat32 && dtype != DType::kFloat16 && dtype != DType::kBFloat16))
+    return other;
+  if (!torch.quiet() || (torch.grad_enabled() && (torch.requires_grad(mean) || torch.requires_grad(scale))))
+    return other;
+  const bool want_z = PyObject_IsTrue(args[6]), want_kl = PyObject_IsTrue(args[7]),
+             want_log_prob = PyObject_IsTrue(args[8]);
+
+  py::object key = py::none();
+  DlTensor k;
+  DType key_dtype = DType::kInt64;
+  if (want_z || want_log_prob) {
+    key = args[3] == Py_None ? drawn(args[4]) : py::reinterpret_borrow<py::object>(args[3]);
+    if (!torch.is_tensor(key.ptr()) || !borrow(key.ptr(), k) || !dtype_of(k, key_dtype) ||
+        key_dtype != DType::kInt64 || k.ndim != 1 || k.shape[0] != 2 || k.device_type != DlTensor::kCpu)
+      return other;
+  }
+  const auto sums = [&](bool wanted) -> py::object {
+    if (!wanted) return py::none();
+    if (reduce) return torch.new_floats(mean, dtype == DType::kFloat32, m.shape[0]);
+    return torch.new_like(mean, dtype == DType::kFloat32);
+  };
+  const py::object z = want_z ? torch.new_like(mean) : py::none(), kl = sums(want_kl),
+                   log_prob = sums(want_log_prob);
+
+  GaussianArgs a{};
+  a.mean = view_of(m, dtype), a.scale = view_of(s, dtype);
+  if (!key.is_none()) a.key = view_of(k, key_dtype);
+  a.z = view_of(z.ptr()), a.kl = view_of(kl.ptr()), a.log_prob = view_of(log_prob.ptr());
+  a.transform = static_cast<Transform>(PyLong_AsLong(PyTuple_GET_ITEM(settings, 0)));
+  const auto number = [=](int i) {
+    return static_cast<float>(PyFloat_AsDouble(PyTuple_GET_ITEM(settings, i)));
+  };
+  a.low = number(1), a.high = number(2), a.offset = number(3), a.temperature = number(4);
+  a.reduce = reduce;
+  if (a.mean.numel() < kFewElements) {
+    gaussian_sample_forward_cpu(a);
+  } else {
+    py::gil_scoped_release release;
+    gaussian_sample_forward_cpu(a);
+  }
+  const py::object results = detail::owned(PyTuple_Pack(3, z.ptr(), kl.ptr(), log_prob.ptr()));
+  const py::object arguments = detail::owned(PyTuple_Pack(1, results.ptr()));
+  return detail::owned(PyTuple_Type.tp_new((PyTypeObject*)args[0], arguments.ptr(), nullptr));
+}
+
 const RegisterBinder binder([](pybind11::module_& cpu, pybind11::module_* cuda) {
   cpu.def("gaussian_sample_forward", on_cpu(forward_args, gaussian_sample_forward_cpu));
   cpu.def("gaussian_sample_backward", on_cpu(backward_args, gaussian_sample_backward_cpu));
+  def_raw<forward_direct>(cpu, "gaussian_sample_direct");
   if constexpr (kWithCuda) {
     cuda->def("gaussian_sample_forward", on_cuda(forward_args, gaussian_sample_forward_cuda));
     cuda->def("gaussian_sample_backward", on_cuda(backward_args, gaussian_sample_backward_cuda));

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from genperf import _backend
 from genperf._op import Operator, cuda_stream
-from genperf.ops.philox_random import FLOATS, check_key, draw_key, reference_normals
+from genperf.ops.philox_random import FLOATS, check_key, draw_key, passing, reference_normals
 
 __all__ = ["GaussianSample", "gaussian_sample"]
 
@@ -26,6 +26,7 @@ TRANSFORMS = {"logvar": 0, "logsigma": 1, "std": 2, "softplus": 3, "soft_clamp":
 _DEFAULT_OFFSET = {"softplus": 0.0, "soft_clamp": 1e-2}
 _REDUCTIONS = ("none", "sample", "mean")
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_compiling = torch.compiler.is_dynamo_compiling
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -168,6 +169,8 @@ def _reference_backward(
 
 def _sum_like(mean: Tensor, reduce: bool) -> Tensor:
     """Room for kl or log_prob."""
+    if reduce and mean.dtype == torch.float32:
+        return mean.new_empty(mean.size(0))
     dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
     return mean.new_empty(len(mean), dtype=dtype) if reduce else torch.empty_like(mean, dtype=dtype)
 
@@ -192,10 +195,16 @@ def _gradients(grad_z, grad_kl, grad_log_prob, mean, scale, prior_mean, prior_sc
     )
 
 
-def _cpu(*args):
-    out = _outputs(*args)
-    _backend.native.cpu.gaussian_sample_forward(*args[:6], *out, *args[6:12], None)  # type: ignore[union-attr]
-    return out
+def _cpu(
+    mean, scale, pm, ps, noise, key, t, lo, hi, offset, temperature, reduce, want_z, want_kl, want_log_prob
+):
+    z = torch.empty_like(mean) if want_z else None
+    kl = _sum_like(mean, reduce) if want_kl else None
+    log_prob = _sum_like(mean, reduce) if want_log_prob else None
+    _backend.native.cpu.gaussian_sample_forward(  # type: ignore[union-attr]
+        mean, scale, pm, ps, noise, key, z, kl, log_prob, t, lo, hi, offset, temperature, reduce, None
+    )
+    return z, kl, log_prob
 
 
 def _cpu_backward(*args):
@@ -234,11 +243,11 @@ def _triton_backward(*args):
 
 
 def _refuses(mean: Tensor, *_: Any) -> str | None:
+    if mean.dtype in _NATIVE_DTYPES and mean.dim() <= 8:
+        return None
     if mean.dtype not in _NATIVE_DTYPES:
         return f"{mean.dtype} is left to the reference"
-    if mean.dim() > 8:
-        return f"{mean.dim()} dimensions, at most 8"
-    return None
+    return f"{mean.dim()} dimensions, at most 8"
 
 
 def _refuses_backward(grad_z: Any, grad_kl: Any, grad_log_prob: Any, mean: Tensor, *_: Any) -> str | None:
@@ -255,7 +264,9 @@ _forward_op = Operator(
     _reference,
     _outputs,
 )
-_forward_op.implement("cpu", _cpu, _refuses)
+_forward_op.implement(
+    "cpu", _cpu, _refuses, direct=_backend.native.cpu.gaussian_sample_direct if _backend.native else None
+)
 _forward_op.implement("cuda", _cuda, _refuses)
 _forward_op.implement("triton", _triton, _refuses)
 
@@ -421,15 +432,23 @@ def gaussian_sample(
         ValueError: for shapes, devices, bounds or names that do not fit; the message says which.
         RuntimeError: if a backend was forced that cannot run.
     """
+    if isinstance(clamp, list):
+        clamp = tuple(clamp)
+    compiling = _compiling()
+    check = _check_settings if compiling else _checked_settings
+    settings = check(parametrization, clamp, offset, temperature, reduction)
+    if (
+        prior is None and noise is None and generator is None and rng == "philox" and reduction != "mean"
+        and not compiling and (direct := _forward_op.direct("cpu")) is not None
+    ):  # fmt: skip
+        results = direct(GaussianSample, mean, scale, key, passing, settings, sample, kl, log_prob)
+        if results is not NotImplemented:
+            return results
     packed = None
     if scale is None:
         packed, (mean, scale) = mean, _check_halves(mean, dim)
     else:
         mean, scale = _check_pair(mean, scale, "mean", "scale")
-    if isinstance(clamp, list):
-        clamp = tuple(clamp)
-    check = _check_settings if torch.compiler.is_compiling() else _checked_settings
-    settings = check(parametrization, clamp, offset, temperature, reduction)
     if mean.dim() == 0 and settings[-1]:
         raise ValueError(
             f"gaussian_sample: mean has shape (), expected a batch dimension for reduction {reduction!r}"

@@ -9,6 +9,7 @@ over the word pairs (0, 1) and (2, 3), with the polynomials of ``csrc/common/mat
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -212,6 +213,17 @@ _draw_key = Operator(
     lambda device, generator: torch.empty(2, dtype=torch.int64, device=device),
     tags=(torch.Tag.nondeterministic_seeded,),
 )
+
+
+class _Passing(threading.local):
+    """A thread's key int64 [2] on the CPU for a call that keeps none: each such call draws into it anew."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.key = torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+passing = _Passing()
 
 
 def draw_key(

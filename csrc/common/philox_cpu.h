@@ -39,29 +39,34 @@ GENPERF_HD void philox_block(const PhiloxSchedule& schedule, uint64_t group, uin
   // The rounds run on 64-bit lanes whose high halves do not matter: c[0] has k = 0, 1, c[1] has k = 2, 3.
   constexpr int kNativeLanes = kLanes / kParts, kQuads = kNativeLanes / 4;
   const Nw multiplier0 = Nw{} + kPhiloxMultiplier0, multiplier1 = Nw{} + kPhiloxMultiplier1;
-  for (int part = 0; part < kParts; ++part) {
-    Nw c[2][4];
-    for (int half = 0; half < 2; ++half) {
-      Nw lane;
-      for (int i = 0; i < kNativeLanes / 2; ++i)
-        lane[i] = kQuads * (i % 2 + 2 * half) + i / 2 + kNativeLanes * part;
-      c[half][0] = lane + group;
-      c[half][1] = c[half][0] >> 32;
-      c[half][2] = Nw{} + schedule.offset_low;
-      c[half][3] = Nw{} + schedule.offset_high;
-    }
+  // All parts advance together: the chains of two of them fill the time that one spends waiting.
+  Nw c[2 * kParts][4];
+  for (int i = 0; i < 2 * kParts; ++i) {
+    const int part = i / 2, half = i % 2;
+    Nw lane;
+    for (int j = 0; j < kNativeLanes / 2; ++j)
+      lane[j] = kQuads * (j % 2 + 2 * half) + j / 2 + kNativeLanes * part;
+    c[i][0] = lane + group;
+    c[i][1] = c[i][0] >> 32;
+    c[i][2] = Nw{} + schedule.offset_low;
+    c[i][3] = Nw{} + schedule.offset_high;
+  }
 #pragma GCC unroll 10
-    for (const auto& k : schedule.round) {
-      for (auto& w : c) {
-        Nw p0 = multiply_low_words(w[0], multiplier0), p1 = multiply_low_words(w[2], multiplier1);
-        w[0] = (p1 >> 32) ^ w[1] ^ k[0];
-        w[1] = p1;
-        w[2] = (p0 >> 32) ^ w[3] ^ k[1];
-        w[3] = p0;
-      }
+  for (const auto& k : schedule.round) {
+#pragma GCC unroll 8
+    for (auto& w : c) {
+      Nw p0 = multiply_low_words(w[0], multiplier0), p1 = multiply_low_words(w[2], multiplier1);
+      w[0] = (p1 >> 32) ^ w[1] ^ k[0];
+      w[1] = p1;
+      w[2] = (p0 >> 32) ^ w[3] ^ k[1];
+      w[3] = p0;
     }
+  }
+#pragma GCC unroll 4
+  for (int part = 0; part < kParts; ++part) {
+#pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const Nu word = low_words(c[0][j], c[1][j]);
+      const Nu word = low_words(c[2 * part][j], c[2 * part + 1][j]);
       std::memcpy(words + j * kLanes + part * kNativeLanes, &word, sizeof word);
     }
   }

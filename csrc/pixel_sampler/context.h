@@ -16,13 +16,14 @@ struct Cell {
 struct Context {
   const Plan& plan;
   float* workspace;
-  int64_t batch, first, images;  // all images, and those of this thread
-  const float** pointers;        // scratch memory
-  Piece* pieces;
-  float* scores;
-  float* head;
-  const float* next_weight;  // of the convolution that comes after this segment
-  int64_t next_panel_size;
+  int64_t batch, first, images;      // all images, and those of this thread
+  const float** pointers = nullptr;  // scratch memory
+  Piece* pieces = nullptr;
+  bool* needed = nullptr;  // by tap
+  float* scores = nullptr;
+  float* head = nullptr;
+  const float* next_weight = nullptr;  // of the convolution that comes after this segment
+  int64_t next_panel_size = 0;
 };
 
 GENPERF_HD bool is_inside(const Source& s, int64_t y, int64_t x) {

@@ -144,8 +144,9 @@ Plan::Plan(const Tables& t)
   scratch_pointers =
       padded(pointers * static_cast<int64_t>(sizeof(const float*)) / static_cast<int64_t>(sizeof(float)));
   scratch_pieces = padded(pieces * static_cast<int64_t>(sizeof(Piece) / sizeof(float)));
+  scratch_needed = padded(taps);
   scratch_head = padded(head_scratch(head));
-  scratch = scratch_pointers + scratch_pieces + scratch_scores + scratch_head;
+  scratch = scratch_pointers + scratch_pieces + scratch_needed + scratch_scores + scratch_head;
 }
 
 void pixel_sampler_cpu(const RunArgs& args) {

@@ -199,13 +199,14 @@ void draw_pixel(const Context& c, const RunArgs& run, int64_t y, int64_t x, int 
 void pixel_sampler_member(const MemberArgs& member) {
   const RunArgs& run = *member.run;
   const Plan& plan = *run.plan;
-  Context c{plan, run.workspace, run.batch, member.first, member.last - member.first, {}, {}, {},
-            {},   plan.zeros,    0};
   float* scratch = member.scratch;
+  Context c{plan, run.workspace, run.batch, member.first, member.last - member.first};
   c.pointers = reinterpret_cast<const float**>(scratch);
   c.pieces = reinterpret_cast<Piece*>(scratch += plan.scratch_pointers);
-  c.scores = scratch += plan.scratch_pieces;
+  c.needed = reinterpret_cast<bool*>(scratch += plan.scratch_pieces);
+  c.scores = scratch += plan.scratch_needed;
   c.head = scratch += plan.scratch_scores;
+  c.next_weight = plan.zeros;
   if (member.team && member.member > 0) return serve(c, *member.team, member.member);
 
   const Head& head = plan.head;

@@ -88,6 +88,7 @@ class Plan {
   // Scratch memory of a thread, in floats: each part begins at a multiple of 16.
   int64_t scratch_pointers;  // to the rows of a convolution's taps
   int64_t scratch_pieces;
+  int64_t scratch_needed;  // which taps are
   int64_t scratch_scores;  // of attention
   int64_t scratch_head;
   int64_t scratch;  // all of it

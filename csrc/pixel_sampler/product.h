@@ -144,10 +144,16 @@ constexpr TileTable tile_table(std::integer_sequence<int, kRow...>,
 inline constexpr TileTable kTiles =
     tile_table(std::make_integer_sequence<int, kTileRows>(), std::make_integer_sequence<int, kTilePanels>());
 
-// Up to kRows rows by panels [begin, end), all of them whole: tiles of nearly equal size, over which the
-// fetching of the next weights is spread: the next block, the next panels or, at the end, what `c` says.
-inline void multiply(const Context& c, const Piece* pieces, int piece_count, const float* weight,
-                     int64_t panel_size, int count_of_panels, const Rows& rows, int count) {
+// Products that are summed, in order.
+struct Pieces {
+  const Piece* p;
+  int count;
+};
+
+// Up to kRows rows by whole panels, `weight` being the first one's: tiles of nearly equal size, over which
+// the fetching of the next weights is spread: the next block, the next panels or, at the end, what `c` says.
+inline void multiply(const Context& c, const Pieces& pieces, const float* weight, int64_t panel_size,
+                     int count_of_panels, const Rows& rows, int count) {
   const int tiles = (count + kTileRows - 1) / kTileRows, small = count / tiles, larger = count % tiles;
   const int wide = widest(small + (larger > 0));
   const int64_t line = kPanel * sizeof(float);
@@ -158,12 +164,12 @@ inline void multiply(const Context& c, const Piece* pieces, int piece_count, con
     const TileFunction large_tile = larger > 0 ? kTiles.at[small][panels - 1] : nullptr;
     const float* next_weight = weight + panels * panel_size;
     Rows part = group;
-    for (const Piece* p = pieces; p < pieces + piece_count;) {
+    for (const Piece* p = pieces.p; p < pieces.p + pieces.count;) {
       const Piece* next = p;
       while (!next->last) ++next;
       ++next;
       Ahead ahead{nullptr, line / tiles, panel_size * static_cast<int64_t>(sizeof(float))};
-      if (next < pieces + piece_count) {
+      if (next < pieces.p + pieces.count) {
         if (count > kFewRows) ahead.p = reinterpret_cast<const char*>(weight + next->k * kPanel);
       } else if (left > panels) {
         ahead.p = reinterpret_cast<const char*>(next_weight);
@@ -212,14 +218,49 @@ GENPERF_HD void for_rows(const Context& c, int64_t begin, int count, Function f)
     for (; image < c.images && r < count; ++r, ++image) f(r, cell, image);
 }
 
+// Points to the taps of rows [begin, begin + count), and lists the products that they need: none of a tap
+// that is outside for all of them.
+inline Pieces find_taps(const Context& c, const Conv& conv, const Product& product, const Segment& s,
+                        int64_t begin, int count) {
+  const Source& source = c.plan.sources[conv.source];
+  const Tap* taps = c.plan.taps + conv.tap_begin;
+  const int tap_count = static_cast<int>(conv.tap_end - conv.tap_begin);
+  bool all = true;
+  for (int t = 0; t < tap_count; ++t) {
+    const float** pointers = c.pointers + t * kRows;
+    bool any = false;
+    int64_t at = -1;
+    Cell cell{};
+    for_rows(c, begin, count, [&](int r, int64_t j, int64_t image) {
+      if (j != at) {
+        bool inside;
+        cell = tap_cell(c, conv, taps[t], source, s.row, s.col + j, inside);
+        any |= inside;
+        at = j;
+      }
+      pointers[r] = cell.p + image * cell.stride;
+    });
+    c.needed[t] = any;
+    all &= any;
+  }
+  if (all) return {product.pieces, product.piece_count};
+  int kept = 0, block = 0;  // where the block begins
+  for (int i = 0; i < product.piece_count; ++i) {
+    const Piece& piece = product.pieces[i];
+    if (c.needed[piece.tap]) c.pieces[kept++] = piece;
+    if (piece.last) {
+      if (kept > block) c.pieces[kept - 1].last = true;
+      block = kept;
+    }
+  }
+  return {c.pieces, kept};
+}
+
 // Panels [panel_begin, panel_end) of a convolution over the cells of a segment.
 inline void convolve(const Context& c, const Conv& conv, const Product& product, const Segment& s,
                      int panel_begin, int panel_end) {
-  const Source& source = c.plan.sources[conv.source];
   const Source* init = conv.init < 0 ? nullptr : c.plan.sources + conv.init;
   const Target& target = c.plan.targets[conv.out];
-  const Tap* taps = c.plan.taps + conv.tap_begin;
-  const int tap_count = static_cast<int>(conv.tap_end - conv.tap_begin);
   const int64_t rows = s.cols * c.images, panel_size = product.depth * kPanel;
   const int whole = static_cast<int>(conv.channels / kPanel);
   const int direct_end = panel_end < whole ? panel_end : whole;
@@ -228,46 +269,7 @@ inline void convolve(const Context& c, const Conv& conv, const Product& product,
 
   for (int64_t begin = 0; begin < rows; begin += kRows) {
     const int count = static_cast<int>(rows - begin < kRows ? rows - begin : kRows);
-    // Taps that are outside for all of these rows add nothing.
-    const Piece* pieces = product.pieces;
-    int piece_count = product.piece_count, skipped = 0, kept = 0;
-    const Piece* piece = product.pieces;
-    const Piece* const pieces_end = piece + piece_count;
-    int block = 0;  // kept pieces of the blocks before
-    for (int t = 0; t < tap_count; ++t) {
-      const float** pointers = c.pointers + t * kRows;
-      bool any = false;
-      int64_t at = -1;
-      Cell cell{};
-      for_rows(c, begin, count, [&](int r, int64_t j, int64_t image) {
-        if (j != at) {
-          bool inside;
-          cell = tap_cell(c, conv, taps[t], source, s.row, s.col + j, inside);
-          any |= inside;
-          at = j;
-        }
-        pointers[r] = cell.p + image * cell.stride;
-      });
-      if (!any && skipped == 0) {
-        // From here on the pieces are listed anew.
-        kept = static_cast<int>(piece - product.pieces);
-        for (int i = 0; i < kept; ++i) c.pieces[i] = product.pieces[i];
-        block = kept;
-        while (block > 0 && !c.pieces[block - 1].last) --block;
-        pieces = c.pieces;
-      }
-      skipped += !any;
-      for (; piece < pieces_end && piece->tap == t; ++piece) {
-        if (skipped == 0) continue;
-        if (any) c.pieces[kept++] = *piece;
-        if (piece->last) {
-          if (kept > block) c.pieces[kept - 1].last = true;
-          block = kept;
-        }
-      }
-    }
-    if (skipped > 0) piece_count = kept;
-
+    const Pieces pieces = find_taps(c, conv, product, s, begin, count);
     int64_t at = -1;
     Cell cell{c.plan.zeros, 0};
     float* out = nullptr;
@@ -281,7 +283,7 @@ inline void convolve(const Context& c, const Conv& conv, const Product& product,
       to[r] = out + image * target.channels;
     });
 
-    if (piece_count == 0) {
+    if (pieces.count == 0) {
       const int64_t n0 = static_cast<int64_t>(panel_begin) * kPanel;
       const int64_t n1 = static_cast<int64_t>(panel_end) * kPanel;
       for (int r = 0; r < count; ++r)
@@ -290,8 +292,8 @@ inline void convolve(const Context& c, const Conv& conv, const Product& product,
     }
     if (panel_begin < direct_end) {
       const Rows all{c.pointers, from, to, static_cast<int64_t>(panel_begin) * kPanel};
-      multiply(c, pieces, piece_count, product.weight + panel_begin * panel_size, panel_size,
-               direct_end - panel_begin, all, count);
+      multiply(c, pieces, product.weight + panel_begin * panel_size, panel_size, direct_end - panel_begin,
+               all, count);
     }
     if (panel_end > whole) {
       // The last, partial panel, by way of an array.
@@ -303,7 +305,7 @@ inline void convolve(const Context& c, const Conv& conv, const Product& product,
         for (int64_t i = 0; i < kPanel; ++i) partial[r][i] = i < n ? from[r][n0 + i] : 0.0f;
       }
       const Rows all{c.pointers, partial, partial, 0};
-      multiply(c, pieces, piece_count, product.weight + whole * panel_size, panel_size, 1, all, count);
+      multiply(c, pieces, product.weight + whole * panel_size, panel_size, 1, all, count);
       for (int r = 0; r < count; ++r)
         for (int64_t i = 0; i < n; ++i) to[r][n0 + i] = partial[r][i];
     }

@@ -5,13 +5,11 @@ import pickle
 
 import pytest
 import torch
+from genperf_testing.causality import DEAD, LIVE, past, response
 from genperf_testing.models import FAMILIES, conditioning, example, tiny_model
 from torch import nn
 
 from genperf.nn import autoregressive as ar
-
-LIVE = 1e-4  # a change of the logits, of about 1 themselves, that no rounding makes
-DEAD = 1e-12  # of float64
 
 
 @pytest.fixture(params=FAMILIES)
@@ -19,43 +17,12 @@ def tiny(request):
     return tiny_model(request.param)
 
 
-def rank(shape, by_channel):
-    """Of each value of ``shape``, ([C,] [H,] W): its place in the order of sampling, from 0 on.
-
-    All channels of a pixel have one place, unless ``by_channel``.
-    """
-    channels = shape[0] if len(shape) == 3 else 1
-    pixel = torch.arange(shape[-1] * (shape[-2] if len(shape) > 1 else 1)).view(shape[-2:])
-    if len(shape) < 3:
-        return pixel
-    channel = torch.arange(channels).view(-1, 1, 1)
-    return pixel * channels + channel if by_channel else pixel.expand(shape)
-
-
-def response(tiny):
-    """[outputs, inputs] of one sample: change of each distribution as each value changes, in float64."""
-    model, kwargs = copy.deepcopy(tiny.model).double(), conditioning(tiny, 1)
-    x = example(tiny, 1)
-    x = x if tiny.input == "index" else x.double()
-    count = x.numel()
-    changed = x.repeat(count, *[1] * len(tiny.shape))
-    diagonal = changed.view(count, count).diagonal()
-    diagonal.copy_((diagonal + 1) % model.classes if tiny.input == "index" else diagonal + 0.37)
-    repeated = {name: value.repeat_interleave(count, 0) for name, value in kwargs.items()}
-    delta = (model(changed, **repeated) - model(x, **kwargs)).abs().amax(dim=1)
-    return delta.flatten(1).T
-
-
 class TestCausality:
     def test_no_distribution_sees_its_own_value_or_a_later_one(self, tiny):
-        seen = response(tiny)
-        by_channel = tiny.head == "categorical"
-        inputs = rank(tiny.shape, by_channel).flatten()
-        outputs = inputs if by_channel else rank(tiny.shape[1:], False).flatten()
-        assert seen.shape == (len(outputs), len(inputs))
-        past = inputs < outputs[:, None]
-        assert seen[~past].max() < DEAD
-        assert seen[past].max() > LIVE
+        seen, may_see = response(tiny), past(tiny)
+        assert seen.shape == may_see.shape
+        assert seen[~may_see].max() < DEAD
+        assert seen[may_see].max() > LIVE
 
     def test_every_neighbour_before_a_pixel_is_seen(self, tiny):
         seen = response(tiny)

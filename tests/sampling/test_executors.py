@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from genperf_testing.programs import BINARY, HEADS, Interpreter, pointwise, random_program
+from genperf_testing.interpreter import Interpreter, pointwise
+from genperf_testing.programs import BINARY, HEADS, random_program
 
 import genperf
 from genperf import _backend

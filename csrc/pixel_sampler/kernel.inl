@@ -16,7 +16,7 @@ namespace {
 // Work (multiply-adds) from which a segment is shared out in a team.
 constexpr int64_t kShared = 16384;
 // Polls of a waiting thread before it lets others run.
-constexpr int kPolls = 2000;
+constexpr int kPolls = 200;
 
 template <Op kOp>
 void pointwise_loop(const float* a, const float* b, float* out, int64_t n, float p, float q) {
@@ -78,16 +78,19 @@ void run_embed(const Context& c, const Embed& i, const Segment& s, const float* 
   }
 }
 
-// Member `member` of `size`: its part of a segment that is shared out.
-void run_share(const Context& c, const Segment& s, int member, int size) {
+// What a segment that is shared out can be divided into.
+int64_t divisions(const Context& c, const Segment& s) {
   const Instruction& i = c.plan.instructions[s.instruction];
+  return i.kind == Kind::kConv ? c.plan.products[s.instruction].panels : i.attention.heads;
+}
+
+void run_part(const Context& c, const Segment& s, int64_t part, int64_t parts) {
+  const Instruction& i = c.plan.instructions[s.instruction];
+  const int64_t n = divisions(c, s), begin = n * part / parts, end = n * (part + 1) / parts;
   if (i.kind == Kind::kConv) {
-    const Product& product = c.plan.products[s.instruction];
-    const int begin = product.panels * member / size, end = product.panels * (member + 1) / size;
-    if (begin < end) convolve(c, i.conv, product, s, begin, end);
+    convolve(c, i.conv, c.plan.products[s.instruction], s, static_cast<int>(begin), static_cast<int>(end));
   } else {
-    const int64_t begin = i.attention.heads * member / size, end = i.attention.heads * (member + 1) / size;
-    if (begin < end) attend(c, i.attention, s, begin, end);
+    attend(c, i.attention, s, begin, end);
   }
 }
 
@@ -113,22 +116,45 @@ void wait_until(Ready ready) {
   }
 }
 
-void run_in_team(const Context& c, const Segment& s, Team& team) {
-  team.segment = &s;
-  const int64_t job = team.job + 1;
-  __atomic_store_n(&team.job, job, __ATOMIC_RELEASE);
-  run_share(c, s, 0, team.size);
-  wait_until([&] { return __atomic_load_n(&team.done, __ATOMIC_ACQUIRE) == job * (team.size - 1); });
+constexpr uint64_t kEnd = ~uint64_t{0};
+
+// Takes and runs parts of the segment that `ticket` names until there are none, or until another is handed
+// out.
+void run_parts(const Context& c, Team& team, uint64_t ticket) {
+  const uint64_t number = ticket >> 32;
+  while (ticket >> 32 == number) {
+    const uint64_t parts = ticket >> 16 & 0xffff, part = ticket & 0xffff;
+    if (part == parts) break;
+    if (!__atomic_compare_exchange_n(&team.ticket, &ticket, ticket + 1, false, __ATOMIC_ACQ_REL,
+                                     __ATOMIC_ACQUIRE))
+      continue;
+    // The segment stays until this part is done.
+    run_part(c, *team.segment, static_cast<int64_t>(part), static_cast<int64_t>(parts));
+    __atomic_add_fetch(&team.done, 1, __ATOMIC_RELEASE);
+    ticket = __atomic_load_n(&team.ticket, __ATOMIC_ACQUIRE);
+  }
 }
 
-void serve(const Context& c, Team& team, int member) {
-  for (int64_t job = 1;; ++job) {
-    int64_t current;
-    wait_until(
-        [&] { return (current = __atomic_load_n(&team.job, __ATOMIC_ACQUIRE)) >= job || current < 0; });
-    if (current < 0) return;
-    run_share(c, *team.segment, member, team.size);
-    __atomic_add_fetch(&team.done, 1, __ATOMIC_RELEASE);
+void run_in_team(const Context& c, const Segment& s, Team& team) {
+  const int64_t wanted = 2 * team.size, most = divisions(c, s);
+  const int64_t parts = wanted < most ? wanted : most;
+  const uint64_t number = ((team.ticket >> 32) + 1) & 0x7fffffff;
+  team.segment = &s;
+  team.done = 0;
+  const uint64_t ticket = number << 32 | static_cast<uint64_t>(parts) << 16;
+  __atomic_store_n(&team.ticket, ticket, __ATOMIC_RELEASE);
+  run_parts(c, team, ticket);
+  wait_until([&] { return __atomic_load_n(&team.done, __ATOMIC_ACQUIRE) == parts; });
+}
+
+void serve(const Context& c, Team& team) {
+  for (uint64_t last = 0, ticket = 0;; last = ticket) {
+    wait_until([&] {
+      ticket = __atomic_load_n(&team.ticket, __ATOMIC_ACQUIRE);
+      return ticket >> 32 != last >> 32;
+    });
+    if (ticket == kEnd) return;
+    run_parts(c, team, ticket);
   }
 }
 
@@ -207,7 +233,7 @@ void pixel_sampler_member(const MemberArgs& member) {
   c.scores = scratch += plan.scratch_needed;
   c.head = scratch += plan.scratch_scores;
   c.next_weight = plan.zeros;
-  if (member.team && member.member > 0) return serve(c, *member.team, member.member);
+  if (member.team && member.member > 0) return serve(c, *member.team);
 
   const Head& head = plan.head;
   const Segment* end = plan.segments + plan.slot_begin[run.end];
@@ -219,7 +245,7 @@ void pixel_sampler_member(const MemberArgs& member) {
       run_segment(c, plan.segments[i], end, run, member.team);
     if (head.kind != HeadKind::kCallback) draw_pixel(c, run, y, x, index);
   }
-  if (member.team) __atomic_store_n(&member.team->job, int64_t{-1}, __ATOMIC_RELEASE);
+  if (member.team) __atomic_store_n(&member.team->ticket, kEnd, __ATOMIC_RELEASE);
 }
 
 // Eight independent chains, so that the reads are what it waits for.

@@ -124,12 +124,14 @@ struct RunArgs {
   int threads;
 };
 
-// Threads of one team. The first one hands out segments.
+// Threads of one team. The first one hands out segments in parts, which whoever comes first takes: it waits
+// for parts under way, and not for a thread that the system has not let run.
 struct Team {
   int size = 1;
-  alignas(64) int64_t job = 0;  // segments handed out so far; -1 at the end
+  // Number of the segment handed out, its parts, and those taken: 32, 16 and 16 bits; all ones at the end.
+  alignas(64) uint64_t ticket = 0;
   const Segment* segment = nullptr;
-  alignas(64) int64_t done = 0;  // members that have finished their parts, of all jobs so far
+  alignas(64) int64_t done = 0;  // parts
 };
 
 // One thread's part of a call: images [first, last), or its share of a team's work.

@@ -1,0 +1,1 @@
+"""Sampling of causal convolutional models pixel by pixel: drawing rules and executors of its programs."""

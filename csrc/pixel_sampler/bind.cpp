@@ -4,6 +4,7 @@
 
 #include "../common/binding.h"
 #include "pixel_sampler.h"
+#include "pixel_sampler_cuda.h"
 
 namespace genperf::pixel {
 namespace {
@@ -56,18 +57,35 @@ void run(const Plan& plan, intptr_t workspace, intptr_t values, intptr_t noise, 
   pixel_sampler_cpu(args);
 }
 
+CudaRun cuda_run(View entries, View steps, View resident, View taps, View workspace, View values, View noise,
+                 View key, View images, View known, intptr_t mask, View scratch, View arrived, View head,
+                 int64_t begin, int64_t end, int64_t team_images, int64_t team_size, bool cluster,
+                 int64_t source_floats, int64_t head_floats, int64_t resident_floats, bool head_in_shared,
+                 float temperature, int64_t top_k) {
+  return {entries,       steps,       resident,        taps,           workspace,
+          values,        noise,       key,             images,         known,
+          scratch,       arrived,     head,            reinterpret_cast<const void*>(mask),
+          begin,         end,         team_images,     team_size,      cluster,
+          source_floats, head_floats, resident_floats, head_in_shared, temperature,
+          top_k};
+}
+
 double sum_floats(View x) {
   double sum = 0.0;
   sum_floats_cpu({data<float>(x), x.numel(), &sum});
   return sum;
 }
 
-const RegisterBinder binder([](pybind11::module_& cpu, pybind11::module_*) {
+const RegisterBinder binder([](pybind11::module_& cpu, pybind11::module_* cuda) {
   pybind11::class_<Plan>(cpu, "PixelSampler", pybind11::module_local())
       .def(pybind11::init(&make_plan))
       .def_readonly("scratch", &Plan::scratch)
       .def("run", &run, pybind11::call_guard<pybind11::gil_scoped_release>());
   cpu.def("sum_floats", &sum_floats);
+  if constexpr (kWithCuda) {
+    cuda->def("pixel_sampler", on_cuda(cuda_run, pixel_sampler_cuda));
+    cuda->def("pixel_sampler_clusters", &pixel_sampler_cuda_clusters);
+  }
 });
 
 }  // namespace

@@ -57,6 +57,16 @@ GENPERF_HD constexpr int64_t head_scratch(const Head& head) {
   return total;
 }
 
+// Where level `level` of the tree begins in the scratch memory.
+GENPERF_HD int level_begin(int classes, int level) {
+  int begin = 0, n = static_cast<int>(padded_classes(classes));
+  for (; level > 0; --level) {
+    begin += n;
+    n = static_cast<int>(padded_classes(n / kLeaf));
+  }
+  return begin;
+}
+
 // Logits that take part: above `least`, or equal to it and before `end`.
 struct Limit {
   float least = -kInfinity;
@@ -142,33 +152,32 @@ GENPERF_TEAM int choose(const Team& team, const float* logits, int64_t stride, i
     limit = limit_of(team, scratch, blocks, classes, static_cast<int>(top_k), largest);
   }
 
-  float* level[kMaxLevels] = {scratch};
   for (int b = team.block(); b < blocks; b += team.step()) {
     F x = team.load(scratch, b);
     team.store(scratch, b, limit.weight(exp((x - largest) / temperature), x, team.index(b)));
   }
   int top = 0;
+  float* level = scratch;  // number `top`
   for (int n = classes, width = size; n > kLeaf; ++top) {
     // Sums of neighbours, zero up to a whole number of blocks.
     n = (n + kLeaf - 1) / kLeaf;
     const int sums = width / kLeaf, next = static_cast<int>(padded_classes(sums));
-    level[top + 1] = level[top] + width;
+    float* const above = level + width;
     team.sync();
-    for (int b = team.block(); b < sums; b += team.step()) {
-      team.put(level[top + 1], b, team.sum(team.load(level[top], b)));
-    }
-    for (int i = sums + team.lane(); i < next; i += team.lanes()) level[top + 1][i] = 0.0f;
+    for (int b = team.block(); b < sums; b += team.step()) team.put(above, b, team.sum(team.load(level, b)));
+    for (int i = sums + team.lane(); i < next; i += team.lanes()) above[i] = 0.0f;
+    level = above;
     width = next;
   }
   team.sync();
-  const float total = team.sum(team.load(level[top], 0));
+  const float total = team.sum(team.load(level, 0));
   if (!(total >= 1.0f)) return -1;  // the largest logit's weight is 1; the sum of NaN is NaN
 
   const double target = static_cast<double>(u) * static_cast<double>(total);
   double before = 0.0;
   int chosen = 0;
   for (; top >= 0; --top) {
-    const float* children = level[top] + chosen * kLeaf;
+    const float* children = scratch + level_begin(classes, top) + chosen * kLeaf;
     double running = before;
     int child = 0;
     for (int j = 0; j < kLeaf; ++j) {
@@ -195,7 +204,8 @@ GENPERF_TEAM Drawn draw_mixture(const Team& team, const Head& head, const float*
   const int mixtures = static_cast<int>(head.classes);
   const int mixture = choose(team, params, 1, mixtures, noise[0], temperature, 0, scratch);
   Drawn drawn{};
-  for (int c = 0; c < head.values; ++c) {
+  for (int c = 0; c < kMaxDrawn; ++c) {
+    if (c >= head.values) break;
     auto read = [&](int channel, int part) {
       return team.read(params + mixtures + channel * head.stride_draw + part * mixtures + mixture);
     };

@@ -33,7 +33,7 @@ constexpr unsigned char kPoison = 0xFF;  // a NaN in every floating-point format
 constexpr uint64_t kStackCanary = 0x5AFEC0DE5AFEC0DE;
 constexpr int kSpinLimit = 1000;
 
-enum class State { kReady, kYielded, kAtWarp, kAtBlock, kAtGrid, kDone };
+enum class State { kReady, kYielded, kAtWarp, kAtBlock, kAtCluster, kAtGrid, kDone };
 
 struct Thread {
   uint3 index;
@@ -166,16 +166,19 @@ std::string failure;
 
 class Grid {
  public:
-  Grid(dim3 shape, dim3 block_shape, size_t shared_bytes, bool cooperative, const std::function<void()>& body)
+  Grid(dim3 shape, dim3 block_shape, size_t shared_bytes, bool cooperative, unsigned cluster,
+       const std::function<void()>& body)
       : body(body),
         shape_(shape),
         block_shape_(block_shape),
         shared_bytes_(shared_bytes),
         cooperative_(cooperative),
+        cluster_(cluster),
         schedule(schedule_name()) {
     bool fits = volume(shape) > 0 && shape.x <= INT_MAX && shape.y <= 65535 && shape.z <= 65535 &&
                 volume(block_shape) > 0 && volume(block_shape) <= 1024 && block_shape.z <= 64 &&
-                shared_bytes <= kSharedLimit;
+                shared_bytes <= kSharedLimit &&
+                (cluster == 0 || (cluster <= kClusterLimit && volume(shape) == shape.x && shape.x % cluster == 0));
     if (!fits) {
       throw Error("invalid launch: grid " + to_string(uint3{shape.x, shape.y, shape.z}) + ", block " +
                   to_string(uint3{block_shape.x, block_shape.y, block_shape.z}) + ", " +
@@ -186,7 +189,7 @@ class Grid {
   void run() {
     std::vector<size_t> waiting = schedule.order(volume(shape_));
     std::reverse(waiting.begin(), waiting.end());
-    size_t at_a_time = cooperative_ ? waiting.size() : schedule.shuffled() ? 4 : 1;
+    size_t at_a_time = stays() ? waiting.size() : schedule.shuffled() ? 4 : 1;
     int idle_rounds = 0;
     while (!waiting.empty() || !resident_.empty()) {
       while (resident_.size() < at_a_time && !waiting.empty()) {
@@ -196,6 +199,7 @@ class Grid {
       moved_ = spinning_ = false;
       for (size_t i : schedule.order(resident_.size())) visit(*resident_[i]);
       release_grid_barrier();
+      release_cluster_barriers();
       retire();
       idle_rounds = moved_ ? 0 : idle_rounds + 1;
       if (!moved_ && !(spinning_ && idle_rounds < kSpinLimit)) {
@@ -330,6 +334,28 @@ class Grid {
     moved_ = true;
   }
 
+  void release_cluster_barriers() {
+    std::map<unsigned, bool> complete;  // by cluster: whether all threads are at a barrier
+    if (cluster_ > 0) {
+      for (const auto& block : resident_) {
+        bool& all = complete.try_emplace(block->index.x / cluster_, true).first->second;
+        for (const Thread& t : block->threads) all &= t.state == State::kAtCluster;
+      }
+    }
+    for (const auto& block : resident_) {
+      if (cluster_ > 0 && !complete[block->index.x / cluster_]) continue;
+      for (Thread& t : block->threads) {
+        if (t.state != State::kAtCluster) continue;
+        if (cluster_ == 0) throw Error("cluster_sync outside a cluster launch");
+        t.state = State::kReady;
+        moved_ = true;
+      }
+    }
+  }
+
+  // Blocks that may wait for each other run together, and are kept until all have returned.
+  bool stays() const { return cooperative_ || cluster_ > 0; }
+
   const Block& stuck_block() const {
     for (const auto& block : resident_) {
       for (const Thread& t : block->threads) {
@@ -359,14 +385,15 @@ class Grid {
       }
       return true;
     };
-    // A cooperative grid keeps its blocks: one that returned can never come to a grid barrier.
-    bool keep = cooperative_ && !std::all_of(resident_.begin(), resident_.end(), finished);
+    // One that returned can never come to a barrier of its grid or cluster.
+    bool keep = stays() && !std::all_of(resident_.begin(), resident_.end(), finished);
     if (!keep) resident_.erase(std::remove_if(resident_.begin(), resident_.end(), finished), resident_.end());
   }
 
   dim3 shape_, block_shape_;
   size_t shared_bytes_;
   bool cooperative_;
+  unsigned cluster_;  // blocks of a cluster, 0 where there are none
 
  public:
   Schedule schedule;
@@ -404,6 +431,8 @@ unsigned block_barrier(const char* operation, bool predicate, Site site) {
 
 void grid_barrier(Site site) { wait(State::kAtGrid, "grid_sync", site); }
 
+void cluster_barrier(Site site) { wait(State::kAtCluster, "cluster_sync", site); }
+
 void* static_shared(const void* variable, size_t bytes) {
   return current_block->arrays.try_emplace(variable, bytes).first->second.data();
 }
@@ -422,9 +451,10 @@ void trap(const char* message, Site site) {
   std::abort();
 }
 
-void run(dim3 shape, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& body) {
+void run(dim3 shape, dim3 block, size_t shared_bytes, bool cooperative, unsigned cluster,
+         const std::function<void()>& body) {
   std::lock_guard<std::mutex> lock(one_launch_at_a_time);
-  Grid launch(shape, block, shared_bytes, cooperative, body);
+  Grid launch(shape, block, shared_bytes, cooperative, cluster, body);
   grid = &launch;
   failure.clear();
   gridDim = shape;

@@ -32,6 +32,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -80,6 +83,7 @@ struct Lanes {
 Lanes exchange(const char* operation, uint32_t mask, uint64_t value, Site site);
 unsigned block_barrier(const char* operation, bool predicate, Site site);  // threads with a true predicate
 void grid_barrier(Site site);
+void cluster_barrier(Site site);
 
 void* static_shared(const void* variable, size_t bytes);  // one array a block for each variable
 void* dynamic_shared();
@@ -88,14 +92,25 @@ void interleave();  // another thread may run here, if the schedule says so
 void yield();       // every other thread runs before this one goes on
 [[noreturn]] void trap(const char* message, Site site);
 
-// Runs `body` once for each thread of the grid. Throws Error.
-void run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, const std::function<void()>& body);
+inline constexpr unsigned kClusterLimit = 16;
+
+// Runs `body` once for each thread of the grid, whose blocks form clusters of `cluster` (0: no clusters).
+// Throws Error.
+void run(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, unsigned cluster,
+         const std::function<void()>& body);
 
 template <class... Parameters, class... Arguments>
 void launch(bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
             cudaStream_t, Arguments&&... arguments) {
   std::tuple<std::decay_t<Parameters>...> parameters(std::forward<Arguments>(arguments)...);
-  run(grid, block, shared_bytes, cooperative, [&] { std::apply(kernel, parameters); });
+  run(grid, block, shared_bytes, cooperative, 0, [&] { std::apply(kernel, parameters); });
+}
+
+template <class... Parameters, class... Arguments>
+void launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster,
+                    size_t shared_bytes, cudaStream_t, Arguments&&... arguments) {
+  std::tuple<std::decay_t<Parameters>...> parameters(std::forward<Arguments>(arguments)...);
+  run(grid, block, shared_bytes, false, cluster, [&] { std::apply(kernel, parameters); });
 }
 
 // For callers that cannot take exceptions: what is wrong, or null.
@@ -267,6 +282,7 @@ inline float __int_as_float(int x) { return simt::unpack<float>(simt::pack(x)); 
 inline float __uint_as_float(unsigned x) { return simt::unpack<float>(simt::pack(x)); }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<uint64_t>(x) * y >> 32; }

@@ -97,6 +97,12 @@ def test_grid_barrier(features, any_schedule):
     np.testing.assert_array_equal(out, (np.arange(7) + 2) % 7)
 
 
+def test_cluster_barrier(features, any_schedule):
+    values, out = np.zeros(6, np.int32), np.zeros(6, np.int32)
+    _run(features, "pass_on_in_pairs", values, out)
+    np.testing.assert_array_equal(out, np.arange(6) ^ 1)
+
+
 def test_a_cooperative_grid_may_spin(features, any_schedule):
     _run(features, "wait_for_block_1", np.zeros(1, np.int32))
 
@@ -124,6 +130,10 @@ def test_a_lane_that_left_brings_nan(features, any_schedule):
         ("trapped", (), r"__trap \(features.cu:\d+\) in block \(0, 0, 0\), thread \(3, 0, 0\)"),
         ("unequal_grid_sync", (), "deadlock in block .*: 8 threads waiting at grid_sync"),
         ("plain_pass_on", (np.zeros(7, np.int32), np.zeros(7, np.int32)), "outside a cooperative launch"),
+        ("unequal_cluster_sync", (), "deadlock in block .*: 8 threads waiting at cluster_sync"),
+        ("plain_pass_on_in_pairs", (np.zeros(6, np.int32), np.zeros(6, np.int32)), "outside a cluster launch"),
+        ("clusters", (4, 3), r"invalid launch: grid \(4, 1, 1\)"),
+        ("clusters", (34, 17), r"invalid launch: grid \(34, 1, 1\)"),
         ("wait_forever", (np.zeros(1, np.int32),), "deadlock in block .* 1 thread spinning"),
         ("write_shared", (32,), "dynamic shared memory of 128 bytes was overrun"),
         ("write_shared", (-1,), "dynamic shared memory of 128 bytes was overrun"),

@@ -1,5 +1,5 @@
-// How a kernel source reaches CUDA: launches, shared memory, barriers of grids and clusters. The same macros map to
-// the execution model of tests/simt under -DGENPERF_SIMT, so that every kernel also runs on a host.
+// How a kernel source reaches CUDA: launches, shared memory, barriers of grids and clusters. The same macros
+// map to the execution model of tests/simt under -DGENPERF_SIMT, so that every kernel also runs on a host.
 //
 //   GENPERF_LAUNCH(kernel, grid, block, shared_bytes, stream, args...)
 //   GENPERF_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, args...)

@@ -62,11 +62,18 @@ CudaRun cuda_run(View entries, View steps, View resident, View taps, View worksp
                  int64_t begin, int64_t end, int64_t team_images, int64_t team_size, bool cluster,
                  int64_t source_floats, int64_t head_floats, int64_t resident_floats, bool head_in_shared,
                  float temperature, int64_t top_k) {
-  return {entries,       steps,       resident,        taps,           workspace,
-          values,        noise,       key,             images,         known,
-          scratch,       arrived,     head,            reinterpret_cast<const void*>(mask),
-          begin,         end,         team_images,     team_size,      cluster,
-          source_floats, head_floats, resident_floats, head_in_shared, temperature,
+  return {entries,        steps,
+          resident,       taps,
+          workspace,      values,
+          noise,          key,
+          images,         known,
+          scratch,        arrived,
+          head,           reinterpret_cast<const void*>(mask),
+          begin,          end,
+          team_images,    team_size,
+          cluster,        source_floats,
+          head_floats,    resident_floats,
+          head_in_shared, temperature,
           top_k};
 }
 

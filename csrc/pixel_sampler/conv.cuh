@@ -139,8 +139,8 @@ __device__ __forceinline__ void convolve_narrow(const Context& c, const Step& s,
       const int from = block * kBlock;
       if (works && begin + from < end) {
         const int to = end - begin < from + kBlock ? end - begin : from + kBlock;
-        c.partials[threadIdx.x] = narrow_block(c.sources + m * k.pitch,
-                                               own.weight + int64_t{begin} * kPanel + n, from, to);
+        c.partials[threadIdx.x] =
+            narrow_block(c.sources + m * k.pitch, own.weight + int64_t{begin} * kPanel + n, from, to);
       }
       __syncthreads();
       if (sums) {
@@ -166,8 +166,8 @@ __device__ __forceinline__ void multiply(const float* const (&x)[kCells], int k,
 
 // Products [begin, end), at most a block, for kCells cells by four channels.
 template <int kCells>
-__device__ __forceinline__ void tile_block(const float* const (&x)[kCells], const float* w, int begin, int end,
-                                           float (&total)[kCells][4]) {
+__device__ __forceinline__ void tile_block(const float* const (&x)[kCells], const float* w, int begin,
+                                           int end, float (&total)[kCells][4]) {
   float sum[kCells][4] = {};
   int k = begin;
   for (; k + 4 <= end; k += 4) {

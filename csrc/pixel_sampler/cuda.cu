@@ -68,8 +68,9 @@ __global__ void __launch_bounds__(kThreads, 1) pixel_sampler_kernel(const Sample
                   taps,
                   shared + layout.sources,
                   shared + layout.resident};
-  float* head_scratch = a.head_in_shared ? shared + layout.head + t / 32 * a.head_floats
-                                         : a.scratch + (int64_t{blockIdx.x} * kWarps + t / 32) * a.head_floats;
+  float* head_scratch = a.head_in_shared
+                            ? shared + layout.head + t / 32 * a.head_floats
+                            : a.scratch + (int64_t{blockIdx.x} * kWarps + t / 32) * a.head_floats;
   unsigned* arrived = a.arrived + team * 32;
 
   for (int i = t; i < a.tap_count; i += kThreads) taps[i] = a.taps[i];
@@ -82,7 +83,8 @@ __global__ void __launch_bounds__(kThreads, 1) pixel_sampler_kernel(const Sample
   const int first_step = entry_words[a.begin % 4 * kEntryWords];
   if (t < kStepQuads) steps[a.begin % 2 * kStepQuads + t] = a.steps[first_step * kStepQuads + t];
   __syncthreads();
-  if (t == 0) reinterpret_cast<int32_t*>(steps)[a.begin % 2 * 4 * kStepQuads + kResidentWord] = offsets[first_step];
+  if (t == 0)
+    reinterpret_cast<int32_t*>(steps)[a.begin % 2 * 4 * kStepQuads + kResidentWord] = offsets[first_step];
   __syncthreads();
 
   for (int i = a.begin; i < a.end; ++i) {

@@ -73,8 +73,9 @@ __device__ __forceinline__ void attend(const Context& c, const Step& s, const En
                                        int head, int keys) {
   const int dim_k = s.channels_in, dim_v = s.op, blocks = (keys + kBlock - 1) / kBlock;
   float* weights = c.sources;
-  float* sums = c.sources + keys;  // [blocks, dim_v + 1]
-  const float* q = source_at(c, s.a, e.row, x, b) + head * dim_k;
+  float* sums = c.sources + keys;                   // [blocks, dim_v + 1]
+  const float* q = source_at(c, s.a, e.row, x, b);  // null: 0
+  if (q) q += head * dim_k;
   __syncthreads();
   float largest = -kInfinity;
   for (int j = threadIdx.x; j < keys; j += kThreads) {
@@ -82,7 +83,7 @@ __device__ __forceinline__ void attend(const Context& c, const Step& s, const En
     float total = 0.0f;
     for (int block = 0; block < dim_k; block += kBlock) {
       float sum = 0.0f;
-      for (int i = block; i < dim_k && i < block + kBlock; ++i) sum = __fmaf_rn(q[i], k[i], sum);
+      for (int i = block; i < dim_k && i < block + kBlock; ++i) sum = __fmaf_rn(q ? q[i] : 0.0f, k[i], sum);
       total = block == 0 ? sum : total + sum;
     }
     weights[j] = total * s.p;

@@ -27,7 +27,7 @@ static_assert(sizeof(Cells) == 64);
 
 struct Step {
   StepKind kind;
-  int32_t op;  // Op; convolutions: whether there is an init; attention: dim_v
+  int32_t op;                     // Op; convolutions: whether there is an init; attention: dim_v
   int32_t channels, channels_in;  // attention: heads, dim_k
   int32_t taps, num, den;         // embed: draw, rows of the table; attention: columns of the grid
   int32_t panels, depth;          // of a convolution: products of an output
@@ -57,15 +57,15 @@ struct SamplerArgs {
   const uint4* steps;
   const int32_t* resident;  // [team size, steps]
   const int2* taps;
-  float* workspace;        // [teams, workspace_stride]
-  float* values;           // [batch, rows, cols, values]
-  const float* noise;      // the same shape with `noises`; null: made from `key`
-  const int64_t* key;      // [2]
-  const int64_t* images;   // [batch]: indices to draw noise for; null: 0, 1, ...
-  const float* known;      // [batch, rows, cols, values], or null
-  const uint8_t* mask;     // the same shape, or null
-  float* scratch;          // [blocks, kWarps, head_floats], where shared memory has no room for them
-  unsigned* arrived;       // [teams, 32], zero before the first launch
+  float* workspace;       // [teams, workspace_stride]
+  float* values;          // [batch, rows, cols, values]
+  const float* noise;     // the same shape with `noises`; null: made from `key`
+  const int64_t* key;     // [2]
+  const int64_t* images;  // [batch]: indices to draw noise for; null: 0, 1, ...
+  const float* known;     // [batch, rows, cols, values], or null
+  const uint8_t* mask;    // the same shape, or null
+  float* scratch;         // [blocks, kWarps, head_floats], where shared memory has no room for them
+  unsigned* arrived;      // [teams, 32], zero before the first launch
   int64_t workspace_stride;
   int32_t begin, end;  // entries
   int32_t batch, team_images, team_size, teams, step_count, tap_count;

@@ -25,9 +25,6 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
 // the next launch.
 template <bool kCluster>
 __device__ __forceinline__ void team_barrier(unsigned* arrived, int rank, int size) {
-#ifdef GENPERF_BROKEN_TEAM_BARRIER
-  __syncthreads();
-#else
   if constexpr (kCluster) {
     cluster_sync();
   } else {
@@ -42,7 +39,6 @@ __device__ __forceinline__ void team_barrier(unsigned* arrived, int rank, int si
     }
     __syncthreads();
   }
-#endif
 }
 
 }  // namespace genperf::pixel

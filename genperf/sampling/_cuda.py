@@ -99,7 +99,8 @@ class CUDAExecutor:
         scratch = 0 if memory.head_in_shared else teams * team.size * WARPS * memory.head
         return CUDAState(
             batch,
-            torch.empty(teams, self.program.workspace * images, device=self.device),
+            # Each team's begins at 16 bytes.
+            torch.empty(teams, -(-self.program.workspace * images // 4) * 4, device=self.device),
             torch.empty(batch, head.rows, head.cols, head.values, device=self.device),
             team, images, stream, entries, steps, resident,
             torch.empty(scratch, device=self.device),
@@ -128,7 +129,9 @@ class CUDAExecutor:
             images: int64 [B], with ``key``; 0, 1, ... by default.
         """
         if noise is None and key is None and self.program.head.kind != HeadKind.CALLBACK:
-            raise ValueError("CUDAExecutor.run: noise: None; expected a tensor, or a key, for a head that draws")
+            raise ValueError(
+                "CUDAExecutor.run: noise: None; expected a tensor, or a key, for a head that draws"
+            )
         shape, device = state.values.shape, self.device
         noise = None if noise is None else noise.to(device, torch.float32).contiguous()
         values = mask = None

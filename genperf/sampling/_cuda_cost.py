@@ -44,7 +44,9 @@ class Device:
 
 DEVICES = {
     "H100": Device("H100", 132, 227 << 10, 16, 8),
-    "A100": Device("A100", 108, 163 << 10, 0, 0, hbm=1.4e12, l2=3.5e12, fma_rate=19.5e12, fma_latency=4 / 1.41e9),
+    "A100": Device(
+        "A100", 108, 163 << 10, 0, 0, hbm=1.4e12, l2=3.5e12, fma_rate=19.5e12, fma_latency=4 / 1.41e9
+    ),
 }
 
 
@@ -119,7 +121,9 @@ def predict(
     share = team.size / hardware.multiprocessors  # of the device, that one team has
     barrier = hardware.cluster_barrier if team.kind == "cluster" else hardware.grid_barrier
     runs = Counter(program.segments[:, 0].tolist())
-    floats = {k: panels(i) * PANEL * depth(i) for k, i in enumerate(program.instructions) if isinstance(i, Conv)}
+    floats = {
+        k: panels(i) * PANEL * depth(i) for k, i in enumerate(program.instructions) if isinstance(i, Conv)
+    }
     room, kept = memory.resident * team.size, set()
     for k in sorted(often, key=lambda k: -runs[k]):
         if floats[k] <= room:
@@ -130,7 +134,9 @@ def predict(
         i = program.instructions[k]
         cells = cols * images
         if isinstance(i, Attention):
-            done = 2.0 * cells * i.heads * (i.dim_k + i.dim_v) * program.tensors[i.count].double().mean().item()
+            done = (
+                2.0 * cells * i.heads * (i.dim_k + i.dim_v) * program.tensors[i.count].double().mean().item()
+            )
             chain, read = i.dim_k + BLOCK, 0.0
         elif isinstance(i, Conv):
             done = 2.0 * cells * depth(i) * i.channels
@@ -139,7 +145,11 @@ def predict(
             read = 0.0 if k in kept else 4.0 * floats[k]
         else:
             continue
-        times = (chain * hardware.fma_latency, read / (hardware.l2 * share), done / (hardware.fma_rate * share))
+        times = (
+            chain * hardware.fma_latency,
+            read / (hardware.l2 * share),
+            done / (hardware.fma_rate * share),
+        )
         chains += count * times[0]
         weights += count * times[1]
         products += count * times[2]
@@ -164,7 +174,7 @@ def predict(
     in_row_bytes = sum(floats[k] for k in often)
     times = (found * barrier if team.size > 1 else 0.0, steps * hardware.step, longest)
     return Prediction(
-        hardware.name, team, batch, found / pixels, steps / pixels, flops, weight_bytes,
+        hardware.name, team, batch, found / pixels, steps / pixels, flops * batch / images, weight_bytes * team.teams,
         sum(floats[k] for k in kept) / in_row_bytes if in_row_bytes else 1.0,
         rounds * times[0], rounds * chains, rounds * weights, rounds * products, rounds * times[1],
         rounds * sum(times),
@@ -172,13 +182,17 @@ def predict(
 
 
 def candidates(batch: int, device: Device) -> list[TeamPlan]:
-    """Teams of clusters and of whole grids that fill the device, or leave some of it idle."""
-    found = []
-    if device.cluster:
-        found.append(TeamPlan("cluster", device.cluster, max(1, min(device.clusters, batch))))
-    for teams in (1, 2, 4, 8, 16, 33, 66, 132):
-        if teams <= max(1, batch) and teams <= device.multiprocessors:
-            found.append(TeamPlan("grid", device.multiprocessors // teams, teams))
+    """Clusters, parts of a grid and single blocks, as many as run at once and have an image."""
+    found, size = [], device.cluster
+    while size > 1:
+        most = device.clusters * (device.cluster // size)
+        found.append(TeamPlan("cluster", size, max(1, min(most, batch))))
+        size //= 2
+    teams = 1
+    while teams <= min(batch, device.multiprocessors // 2):
+        found.append(TeamPlan("grid", device.multiprocessors // teams, teams))
+        teams *= 2
+    found.append(TeamPlan("grid", 1, max(1, min(batch, device.multiprocessors))))
     return found
 
 

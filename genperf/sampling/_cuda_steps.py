@@ -14,7 +14,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ._program import BLOCK, PANEL, Attention, Conv, Embed, FeedbackKind, HeadKind, Operand, Pointwise, Program
+from ._program import (
+    BLOCK,
+    PANEL,
+    Attention,
+    Conv,
+    Embed,
+    FeedbackKind,
+    HeadKind,
+    Operand,
+    Pointwise,
+    Program,
+)
 
 THREADS = 256
 WARPS = THREADS // 32
@@ -80,9 +91,7 @@ def in_row(program: Program) -> set[int]:
     """Convolutions that run more often than twice a row: those whose weights are worth keeping."""
     runs = Counter(program.segments[:, 0].tolist())
     rows = program.head.rows
-    return {
-        k for k, i in enumerate(program.instructions) if isinstance(i, Conv) and runs[k] > 2 * rows
-    }
+    return {k for k, i in enumerate(program.instructions) if isinstance(i, Conv) and runs[k] > 2 * rows}
 
 
 @dataclass(frozen=True)
@@ -129,7 +138,9 @@ class _Packer:
             strides = (b.ring_cols * self.images * image, self.images * image, image, 1)
             ring, space, misaligned = (b.ring_rows, b.ring_cols), _WORKSPACE, base
         if max(strides) >= _INT32:
-            raise ValueError(f"CUDAExecutor: a line buffer has rows of {max(strides)} floats; at most 2**31 fit")
+            raise ValueError(
+                f"CUDAExecutor: a line buffer has rows of {max(strides)} floats; at most 2**31 fit"
+            )
         aligned = strides[3] == 1 and channels % 4 == 0 and not any(v % 4 for v in (misaligned, *strides[:3]))
         return struct.pack("<q14i", base, space, *ring, *strides, *window, int(aligned))
 
@@ -162,7 +173,18 @@ class _Packer:
     def conv(self, i: Conv, first: int, spread: bool) -> bytes:
         table = self.weights[i.weight].data_ptr()
         taps = i.tap_end - i.tap_begin
-        ints = (int(i.init >= 0), i.channels, i.channels_in, taps, i.num, i.den, panels(i), depth(i), first, spread)
+        ints = (
+            int(i.init >= 0),
+            i.channels,
+            i.channels_in,
+            taps,
+            i.num,
+            i.den,
+            panels(i),
+            depth(i),
+            first,
+            spread,
+        )
         cells = (
             self.output(i.out, i.out_channel, i.channels),
             self.operand(i.source, i.channels_in),
@@ -186,7 +208,9 @@ class _Packer:
         for operand in (i.q, i.k, i.v):
             op = program.operands[operand]
             if op.is_const and program.consts[op.index].stride_c != 1:
-                raise ValueError("CUDAExecutor: attention reads a constant whose channels are not side by side")
+                raise ValueError(
+                    "CUDAExecutor: attention reads a constant whose channels are not side by side"
+                )
         cells = (
             self.output(i.out, i.out_channel, i.heads * i.dim_v),
             *(self.operand(o, 1) for o in (i.q, i.k, i.v)),

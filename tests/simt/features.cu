@@ -73,6 +73,19 @@ __global__ void pass_on(int* values, int* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = values[next];
 }
 
+// The same around each cluster of two blocks.
+__global__ void pass_on_in_pairs(int* values, int* out) {
+  if (threadIdx.x == 0) values[blockIdx.x] = blockIdx.x;
+  genperf::cluster_sync();
+  const int received = values[blockIdx.x ^ 1];
+  genperf::cluster_sync();
+  if (threadIdx.x == 0) out[blockIdx.x] = received;
+}
+
+__global__ void unequal_cluster_sync() {
+  if (blockIdx.x != 2) genperf::cluster_sync();
+}
+
 __global__ void wait_for_block_1(volatile int* flag) {
   if (blockIdx.x == 1) *flag = 1;
   while (!*flag) __nanosleep(100);
@@ -138,6 +151,13 @@ FEATURE(atomics, (int* i, unsigned long long* u, float* f, double* d),
 FEATURE(last_block, (int* tickets, int* values, int* out),
         GENPERF_LAUNCH(last_block, 9, 40, 0, nullptr, tickets, values, out))
 FEATURE(pass_on, (int* values, int* out), GENPERF_LAUNCH_COOPERATIVE(pass_on, 7, 33, 0, nullptr, values, out))
+FEATURE(pass_on_in_pairs, (int* values, int* out),
+        GENPERF_LAUNCH_CLUSTER(pass_on_in_pairs, 6, 33, 2, 0, nullptr, values, out))
+FEATURE(plain_pass_on_in_pairs, (int* values, int* out),
+        GENPERF_LAUNCH(pass_on_in_pairs, 6, 33, 0, nullptr, values, out))
+FEATURE(unequal_cluster_sync, (), GENPERF_LAUNCH_CLUSTER(unequal_cluster_sync, 4, 8, 2, 0, nullptr))
+FEATURE(clusters, (unsigned grid, unsigned cluster),
+        GENPERF_LAUNCH_CLUSTER(unequal_cluster_sync, grid, 8, cluster, 0, nullptr))
 FEATURE(plain_pass_on, (int* values, int* out), GENPERF_LAUNCH(pass_on, 7, 33, 0, nullptr, values, out))
 FEATURE(wait_for_block_1, (int* flag), GENPERF_LAUNCH_COOPERATIVE(wait_for_block_1, 2, 1, 0, nullptr, flag))
 FEATURE(wait_forever, (int* flag), GENPERF_LAUNCH_COOPERATIVE(wait_for_block_1, 1, 1, 0, nullptr, flag))

@@ -5,7 +5,8 @@
 //
 //   forward     blocks, warps and lanes in rising order; a warp runs as far as it can (the default)
 //   reverse     the same in falling order
-//   shuffle:N   random orders from seed N, four blocks at a time, changing threads at atomics too
+//   shuffle:N   random orders from seed N, four blocks at a time, changing threads at atomics too; of blocks
+//               that wait for each other, one at a time is held back for some rounds
 #include "simt.h"
 
 #include <algorithm>
@@ -95,6 +96,8 @@ class Schedule {
   }
   bool shuffled() const { return shuffled_; }
   bool chance(unsigned n) { return shuffled_ && random_() % n == 0; }
+  // Below n, for n > 0.
+  size_t pick(size_t n) { return random_() % n; }
   std::vector<size_t> order(size_t n) {
     std::vector<size_t> out(n);
     std::iota(out.begin(), out.end(), size_t{0});
@@ -175,10 +178,11 @@ class Grid {
         cooperative_(cooperative),
         cluster_(cluster),
         schedule(schedule_name()) {
-    bool fits = volume(shape) > 0 && shape.x <= INT_MAX && shape.y <= 65535 && shape.z <= 65535 &&
-                volume(block_shape) > 0 && volume(block_shape) <= 1024 && block_shape.z <= 64 &&
-                shared_bytes <= kSharedLimit &&
-                (cluster == 0 || (cluster <= kClusterLimit && volume(shape) == shape.x && shape.x % cluster == 0));
+    bool fits =
+        volume(shape) > 0 && shape.x <= INT_MAX && shape.y <= 65535 && shape.z <= 65535 &&
+        volume(block_shape) > 0 && volume(block_shape) <= 1024 && block_shape.z <= 64 &&
+        shared_bytes <= kSharedLimit &&
+        (cluster == 0 || (cluster <= kClusterLimit && volume(shape) == shape.x && shape.x % cluster == 0));
     if (!fits) {
       throw Error("invalid launch: grid " + to_string(uint3{shape.x, shape.y, shape.z}) + ", block " +
                   to_string(uint3{block_shape.x, block_shape.y, block_shape.z}) + ", " +
@@ -197,10 +201,16 @@ class Grid {
         waiting.pop_back();
       }
       moved_ = spinning_ = false;
-      for (size_t i : schedule.order(resident_.size())) visit(*resident_[i]);
+      if (stays() && schedule.chance(8)) held_ = schedule.pick(2 * resident_.size());
+      for (size_t i : schedule.order(resident_.size()))
+        if (i != held_) visit(*resident_[i]);
       release_grid_barrier();
       release_cluster_barriers();
       retire();
+      if (!moved_ && held_ < resident_.size()) {
+        held_ = SIZE_MAX;
+        continue;
+      }
       idle_rounds = moved_ ? 0 : idle_rounds + 1;
       if (!moved_ && !(spinning_ && idle_rounds < kSpinLimit)) {
         throw Error("deadlock in " + whereabouts(stuck_block()));
@@ -402,6 +412,7 @@ class Grid {
   std::vector<std::unique_ptr<Block>> resident_;
   std::vector<std::unique_ptr<char[]>> stacks_;
   bool moved_ = false, spinning_ = false;
+  size_t held_ = SIZE_MAX;  // the block that is not visited for now
 };
 
 // Leaves the calling thread until the scheduler resumes it.

@@ -131,7 +131,7 @@ def test_a_lane_that_left_brings_nan(features, any_schedule):
         ("unequal_grid_sync", (), "deadlock in block .*: 8 threads waiting at grid_sync"),
         ("plain_pass_on", (np.zeros(7, np.int32), np.zeros(7, np.int32)), "outside a cooperative launch"),
         ("unequal_cluster_sync", (), "deadlock in block .*: 8 threads waiting at cluster_sync"),
-        ("plain_pass_on_in_pairs", (np.zeros(6, np.int32), np.zeros(6, np.int32)), "outside a cluster launch"),
+        ("plain_pass_on_in_pairs", (np.zeros(6, np.int32),) * 2, "outside a cluster launch"),
         ("clusters", (4, 3), r"invalid launch: grid \(4, 1, 1\)"),
         ("clusters", (34, 17), r"invalid launch: grid \(34, 1, 1\)"),
         ("wait_forever", (np.zeros(1, np.int32),), "deadlock in block .* 1 thread spinning"),

@@ -75,19 +75,19 @@ class CUDAExecutor:
         taps = torch.tensor(program.taps, dtype=torch.int32).view(-1, 2)
         self._taps = taps.to(self.device).view(torch.float32)
         self._head = program.tables()["head"].view(-1)
-        self._hardware = _hardware(self.device)
+        self.hardware = _hardware(self.device)
         self._streams: dict[tuple[TeamPlan, int], tuple[Stream, tuple[Tensor, Tensor, Tensor]]] = {}
 
     def start(self, batch: int) -> CUDAState:
         """Memory for ``batch`` images; to be followed by :meth:`run` from slot 0."""
         head = self.program.head
-        team = self.team or best_team(self.program, batch, self._hardware)
+        team = self.team or best_team(self.program, batch, self.hardware)
         images = max(1, -(-batch // team.teams))
         teams = max(1, -(-batch // images))
         key = (team, images)
         if key not in self._streams:
             stream = build(
-                self.program, images, team.size, self._tensors, self._weights, self._hardware.shared_bytes
+                self.program, images, team.size, self._tensors, self._weights, self.hardware.shared_bytes
             )
             # The binding knows no integers of 32 bits.
             on_device = tuple(
@@ -125,7 +125,7 @@ class CUDAExecutor:
         dtypes named here.
 
         Args:
-            key: int64 [2], instead of ``noise``: the kernel makes what ``make_noise(head, key, images)`` gives.
+            key: int64 [2], instead of ``noise``: the kernel makes what ``make_noise(head, key, images)`` is.
             images: int64 [B], with ``key``; 0, 1, ... by default.
         """
         if noise is None and key is None and self.program.head.kind != HeadKind.CALLBACK:

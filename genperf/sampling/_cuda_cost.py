@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ._cuda_steps import THREADS, Hazards, Tile, _memory, depth, in_row, panels, tile_of
+from ._cuda_hazards import Hazards
+from ._cuda_steps import THREADS, Tile, _memory, depth, in_row, panels, tile_of
 from ._program import BLOCK, PANEL, Attention, Conv, HeadKind, Program
 
 
@@ -64,8 +65,8 @@ class Prediction:
     """Of one image batch. Times in seconds; ``total`` is a floor: the kernel cannot be faster than its parts.
 
     ``phases`` are barriers of a team a pixel, ``steps`` are steps a pixel. ``chains`` is the latency of the
-    chains of fused multiply-adds that nothing hides, ``weights`` the reading of weights that are not kept in
-    shared memory, ``products`` the arithmetic; of the latter two and ``chains`` the longest counts for each step.
+    chains of fused multiply-adds, ``weights`` the reading of weights that are not kept in shared memory,
+    ``products`` the arithmetic; of these three the longest counts for each step.
     """
 
     device: str
@@ -84,13 +85,14 @@ class Prediction:
     total: float
 
     def __str__(self) -> str:
-        team = f"{self.team.teams} {self.team.kind}{'s' if self.team.teams > 1 else ''} of {self.team.size} blocks"
+        team = f"{self.team.teams} x {self.team.kind} of {self.team.size} blocks"
+        products = self.total - self.barriers - self.overhead
         return (
-            f"{self.device}, batch {self.batch}: {team}; {self.phases:.1f} phases and {self.steps:.1f} steps a "
-            f"pixel; predicted {self.total * 1e3:.1f} ms = barriers {self.barriers * 1e3:.1f} + steps "
-            f"{self.overhead * 1e3:.1f} + products {(self.total - self.barriers - self.overhead) * 1e3:.1f} "
-            f"(chains {self.chains * 1e3:.1f}, weights {self.weights * 1e3:.1f}, flops {self.products * 1e3:.1f}); "
-            f"{self.resident:.0%} of the in-row weights in shared memory"
+            f"{self.device}, batch {self.batch}: {team}; {self.phases:.1f} phases and {self.steps:.1f} steps "
+            f"a pixel; predicted {self.total * 1e3:.1f} ms = barriers {self.barriers * 1e3:.1f} + steps "
+            f"{self.overhead * 1e3:.1f} + products {products * 1e3:.1f} (chains {self.chains * 1e3:.1f}, "
+            f"weights {self.weights * 1e3:.1f}, flops {self.products * 1e3:.1f}); {self.resident:.0%} of the "
+            "in-row weights in shared memory"
         )
 
 
@@ -109,8 +111,8 @@ def predict(
 ) -> Prediction:
     """The predicted time of one image batch, of the best team or a given one.
 
-    Assumed of an H100, not measured: 3.0 TB/s from HBM, 5.5 TB/s from L2, 1 us a barrier of a grid, 0.3 us of a
-    cluster, 60 TFLOP/s of float32, 4 cycles at 1.755 GHz a dependent multiply-add, 0.15 us a step.
+    Assumed of an H100, not measured: 3.0 TB/s from HBM, 5.5 TB/s from L2, 1 us a barrier of a grid, 0.3 us
+    of a cluster, 60 TFLOP/s of float32, 4 cycles at 1.755 GHz a dependent multiply-add, 0.15 us a step.
     """
     hardware = DEVICES[device] if isinstance(device, str) else device
     if team is None:
@@ -174,7 +176,8 @@ def predict(
     in_row_bytes = sum(floats[k] for k in often)
     times = (found * barrier if team.size > 1 else 0.0, steps * hardware.step, longest)
     return Prediction(
-        hardware.name, team, batch, found / pixels, steps / pixels, flops * batch / images, weight_bytes * team.teams,
+        hardware.name, team, batch, found / pixels, steps / pixels,
+        flops * batch / images, weight_bytes * team.teams,
         sum(floats[k] for k in kept) / in_row_bytes if in_row_bytes else 1.0,
         rounds * times[0], rounds * chains, rounds * weights, rounds * products, rounds * times[1],
         rounds * sum(times),

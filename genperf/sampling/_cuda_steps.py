@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ._cuda_hazards import Hazards
 from ._program import (
     BLOCK,
     PANEL,
@@ -32,7 +33,6 @@ WARPS = THREADS // 32
 PITCH = 4  # floats between the rows of a convolution's sources in shared memory
 STEP_BYTES = 336
 ENTRY_WORDS = 8
-SHARE_ELEMENTS = 4096  # of a pointwise step, from which a team shares it out
 _WORKSPACE, _CONSTANT = 0, 1
 _CONV, _POINTWISE, _ATTENTION, _EMBED, _CLEAR, _DRAW = range(6)
 _NO_CELLS = bytes(64)
@@ -130,19 +130,19 @@ class _Packer:
             tensor = self.tensors[c.index]
             base = tensor.data_ptr() + 4 * op.channel * c.stride_c
             strides = (c.stride_y, c.stride_x, c.stride_b, c.stride_c)
-            ring, space, misaligned = (0, 0), _CONSTANT, base // 4
+            rows, cols, space, misaligned = 0, 0, _CONSTANT, base // 4
         else:
             b = program.buffers[op.index]
             base = b.offset * self.images + op.channel
             image = b.channels
             strides = (b.ring_cols * self.images * image, self.images * image, image, 1)
-            ring, space, misaligned = (b.ring_rows, b.ring_cols), _WORKSPACE, base
+            rows, cols, space, misaligned = b.ring_rows, b.ring_cols, _WORKSPACE, base
         if max(strides) >= _INT32:
             raise ValueError(
                 f"CUDAExecutor: a line buffer has rows of {max(strides)} floats; at most 2**31 fit"
             )
         aligned = strides[3] == 1 and channels % 4 == 0 and not any(v % 4 for v in (misaligned, *strides[:3]))
-        return struct.pack("<q14i", base, space, *ring, *strides, *window, int(aligned))
+        return struct.pack("<q14i", base, space, rows, cols, *strides, *window, int(aligned))
 
     def output(self, buffer: int, channel: int, channels: int, vectors: bool = True) -> bytes:
         packed = self.cells(Operand(False, buffer, channel), channels)
@@ -164,8 +164,8 @@ class _Packer:
         tap_begin: int = 0,
         table: int = 0,
     ) -> bytes:
-        ints = [*ints, *[0] * (10 - len(ints))]
-        header = struct.pack("<12i2f2iqq", kind, *ints, -1, p, q, tap_begin, 0, table, 0)
+        words = [*ints, *[0] * (10 - len(ints))]
+        header = struct.pack("<12i2f2iqq", kind, *words, -1, p, q, tap_begin, 0, table, 0)
         record = header + b"".join(cells) + _NO_CELLS * (4 - len(cells))
         assert len(record) == STEP_BYTES
         return record
@@ -225,90 +225,6 @@ class _Packer:
         channels = self.program.buffers[head.input].channels if fed else 0
         params = self.operand(head.params, 1)
         return self.step(_CLEAR, (cells,), (0, channels)), self.step(_DRAW, (cells, params))
-
-
-@dataclass(frozen=True)
-class Access:
-    """Channels of a buffer; ``kind``: "r" read by all members, "w" written by all with the same values,
-    "s" written by the one that has it."""
-
-    kind: str
-    buffer: int
-    begin: int
-    end: int
-
-
-def _reads(program: Program, i: Conv | Pointwise | Attention | Embed) -> Iterator[Access]:
-    if isinstance(i, Conv):
-        pairs = [(i.source, i.channels_in), (i.init, i.channels)]
-    elif isinstance(i, Pointwise):
-        pairs = [(i.a, i.channels), (i.b, i.channels)]
-    elif isinstance(i, Attention):
-        pairs = [(i.q, i.heads * i.dim_k), (i.k, i.heads * i.dim_k), (i.v, i.heads * i.dim_v)]
-    else:
-        pairs = []
-    for index, channels in pairs:
-        if index >= 0 and not (op := program.operands[index]).is_const:
-            yield Access("r", op.index, op.channel, op.channel + channels)
-
-
-def _overlap(a: Access, b: Access) -> bool:
-    return a.buffer == b.buffer and a.begin < b.end and b.begin < a.end
-
-
-def _conflict(before: Access, after: Access) -> bool:
-    """Whether a barrier has to lie between two accesses, because members may be ahead of each other."""
-    if before.kind == "r" and after.kind == "r":
-        return False
-    if before.kind == "w" and after.kind == "r":
-        return False  # each member wrote it itself
-    return _overlap(before, after)
-
-
-class Hazards:
-    """Which steps of a slot need a barrier of the team before them. Cells of a buffer are not told apart."""
-
-    def __init__(self, program: Program, size: int, images: int) -> None:
-        self.program, self.size, self.images = program, size, images
-        head = program.head
-        params, fed = program.operands[head.params], head.feedback != FeedbackKind.NONE
-        whole = 1 << 30
-        self.clear = [Access("w", head.input, 0, whole)] if fed else []
-        self.draw = list(self.clear)
-        if not params.is_const:
-            self.draw.append(Access("r", params.index, 0, whole))
-
-    def shared(self, index: int, cols: int) -> bool:
-        """Whether a pointwise step is shared out: it is large, or reads what it overwrites."""
-        i = self.program.instructions[index]
-        if self.size == 1 or not isinstance(i, Pointwise):
-            return False
-        if cols * self.images * i.channels >= SHARE_ELEMENTS:
-            return True
-        out = Access("w", i.out, i.out_channel, i.out_channel + i.channels)
-        return any(_overlap(out, read) for read in _reads(self.program, i))
-
-    def accesses(self, index: int, cols: int) -> list[Access]:
-        i = self.program.instructions[index]
-        channels = i.heads * i.dim_v if isinstance(i, Attention) else i.channels
-        alone = isinstance(i, (Conv, Attention)) or self.shared(index, cols)
-        out = Access("s" if alone else "w", i.out, i.out_channel, i.out_channel + channels)
-        return [*_reads(self.program, i), out]
-
-    def barriers(self, segments: Sequence[tuple[int, int]], clears: bool) -> list[bool]:
-        """For (instruction, columns) of a slot that follows another; without its draw, which always needs one."""
-        if self.size == 1:
-            return [False] * len(segments)
-        pending = [*self.draw, *(self.clear if clears else [])]
-        found = []
-        for index, cols in segments:
-            new = self.accesses(index, cols)
-            needed = any(_conflict(a, b) for a in pending for b in new)
-            if needed:
-                pending = []
-            found.append(needed)
-            pending += new
-        return found
 
 
 def build(

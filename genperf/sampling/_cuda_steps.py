@@ -215,8 +215,8 @@ class _Packer:
             self.output(i.out, i.out_channel, i.heads * i.dim_v),
             *(self.operand(o, 1) for o in (i.q, i.k, i.v)),
         )
-        ints = (i.dim_v, i.heads, i.dim_k, 0, 0, i.cols)
-        return self.step(_ATTENTION, cells, ints, i.scale, table=self.tensors[i.count].data_ptr())
+        sizes = (i.dim_v, i.heads, i.dim_k, 0, 0, i.cols)
+        return self.step(_ATTENTION, cells, sizes, i.scale, table=self.tensors[i.count].data_ptr())
 
     def clear_and_draw(self) -> tuple[bytes, bytes]:
         head = self.program.head

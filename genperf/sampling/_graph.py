@@ -1,0 +1,58 @@
+"""Capture of a model as a graph: recorded, lowered, and checked to be the same program for other inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genperf.sampling._capture import record, same_program
+from genperf.sampling._errors import CaptureError
+from genperf.sampling._ir import Graph, Input
+from genperf.sampling._layout import Atom, Dim
+from genperf.sampling._lower import lower, output_value
+
+
+def capture(
+    model: nn.Module,
+    example: Tensor,
+    other: Tensor,
+    classes: int | None = None,
+    arguments: Sequence[Any] = (),
+    keywords: Mapping[str, Any] | None = None,
+) -> Graph:
+    """The graph of ``model(example, *arguments, **keywords)``.
+
+    Args:
+        example: an input of at least two images: class indices int64 [B, H, W] or [B, T], or floats
+            [B, C, H, W] or [B, C, T].
+        other: another input of that shape, for which the model must run the same program.
+        classes: number of classes of an integer input.
+
+    Raises:
+        CaptureError: if something that depends on the input has no incremental form, or if the program
+            depends on the values of the input; the message names the module and the operation.
+    """
+    first = record(model, model, example, arguments, keywords)
+    second = record(model, model, other, arguments, keywords)
+    differs = same_program(first, second)
+    if differs is not None:
+        raise CaptureError(f"{differs}: what the model computes depends on the values of its input")
+    index = not example.is_floating_point()
+    spatial = example.shape[1 if index else 2 :]
+    kinds = ("X",) if len(spatial) == 1 else ("Y", "X")
+    channels = 1 if index else example.shape[1]
+    cells: list[Dim] = [(Atom(k, n),) if n > 1 else () for k, n in zip(kinds, spatial, strict=True)]
+    dims: list[Dim] = [(Atom("B", example.shape[0]),)]
+    if not index:
+        dims.append((Atom("C", channels, 1),) if channels > 1 else ())
+    rows, cols = (1, *spatial) if len(spatial) == 1 else spatial
+    source = Input("the model's input", rows, cols, channels, "index" if index else "float")
+    with torch.no_grad():
+        state = lower(first, source, (*dims, *cells), classes)
+        output = state.syms[output_value(first)]
+        graph = Graph(source, state.nodes, state.ref(output))
+    graph.prune()
+    return graph

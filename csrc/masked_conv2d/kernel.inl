@@ -221,11 +221,16 @@ void pack_weights(const LiveConv& a, int64_t first, Span span, float* to) {
   }
 }
 
-// sums[lane] (+)= sum_i vectors[i][lane]
+// sums[lane] (+)= sum_i vectors[i][lane], by short chains for the sake of accuracy.
 void add_rows(const float* vectors, int64_t n, float* sums, bool add) {
   for (int64_t v = 0; v < kWidth; v += kLanes) {
     Vf sum = splat<Vf>(0.0f);
-    for (int64_t i = 0; i < n; ++i) sum = sum + load(vectors + i * kWidth + v);
+    for (int64_t i = 0; i < n;) {
+      Vf chain = splat<Vf>(0.0f);
+      for (const int64_t end = i + 32 < n ? i + 32 : n; i < end; ++i)
+        chain = chain + load(vectors + i * kWidth + v);
+      sum = sum + chain;
+    }
     store(sums + v, add ? load(sums + v) + sum : sum);
   }
 }

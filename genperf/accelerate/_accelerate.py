@@ -104,7 +104,7 @@ def _plan(name: str, module: nn.Module, options: Options) -> tuple[type | None, 
                 continue
             matches.append(found)
             methods.update(found.methods)
-            entries.append(Entry(name, found.was, found.kernel, _backend_for(module)))
+            entries.append(Entry(name, found.was, found.kernel, found.backend or _backend_for(module)))
     if not matches:
         return None, entries
     return swapped_class(original, tuple(match.key for match in matches), methods), entries

@@ -35,13 +35,14 @@ class Match:
     """One thing in a module that a kernel replaces.
 
     ``methods`` maps a method's name to the function that takes its place; ``key`` tells replacements
-    of one class apart (equal keys, equal methods).
+    of one class apart (equal keys, equal methods). ``backend`` is None for that of gaussian_sample.
     """
 
     was: str
     kernel: str
     key: Hashable
     methods: dict[str, FunctionType]
+    backend: str | None = None
 
 
 @dataclass(frozen=True)

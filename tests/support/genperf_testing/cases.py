@@ -34,6 +34,9 @@ class Case:
             at the same place, and outputs [B] on nothing but their sample.
         per_sample: whether dimension 0 of every tensor is that of the batch, so that a sample can be
             computed alone.
+        nan_as_reference: whether a NaN reaches the places that it reaches in the reference; not so where
+            an op leaves out products with zero, which then has tests of its own for this.
+        backends: which the op has.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Case:
     smooth: bool = True
     elementwise: bool = True
     per_sample: bool = False
+    nan_as_reference: bool = True
+    backends: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
     def tensors(
         self, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu"

@@ -56,6 +56,11 @@ class Scratch {
   T* data_;
 };
 
+// Whether the work pays for waking up threads.
+bool is_large(const LiveConv& a) {
+  return static_cast<double>(a.batch) * a.dst_h * a.dst_w * a.rows * (a.pairs + 1) >= 1e6;
+}
+
 GENPERF_HD int64_t rounded_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // sums[r][lane] (+)= sum_k scalars[r][offset[k]] * vectors[k][lane], for r < kTile.
@@ -244,7 +249,7 @@ void live_conv(const LiveConv& a) {
   if (a.batch * blocks.per_image * pixels == 0) return;
 
   Scratch<float> weights(panels * a.pairs * kWidth);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large(a))
   for (int64_t p = 0; p < panels; ++p)
     pack_weights(a, p * kWidth, span_of(a, p * kWidth), weights.get() + p * a.pairs * kWidth);
 
@@ -256,7 +261,7 @@ void live_conv(const LiveConv& a) {
   for (int64_t k = 0; k < a.pairs; ++k)
     pair_offset[k] = a.channel[k] * blocks.plane() + (a.dy[k] - a.min_dy) * blocks.width + a.dx[k] - a.min_dx;
 
-#pragma omp parallel
+#pragma omp parallel if (is_large(a))
   {
     Scratch<float> source(a.channels * blocks.plane()), sums(tiles * kTile * kWidth);
 #pragma omp for schedule(static)
@@ -316,7 +321,7 @@ void live_conv_grad_weight(const LiveConv& a) {
     pair_offset[k] = slot * blocks.plane() + (a.dy[at] - a.min_dy) * blocks.width + a.dx[at] - a.min_dx;
   }
 
-#pragma omp parallel
+#pragma omp parallel if (is_large(a))
   {
     Scratch<float> source(slots * blocks.plane()), gradient(rounded_up(pixels, 4) * kWidth);
 #pragma omp for schedule(static)
@@ -360,7 +365,7 @@ void live_conv_grad_weight(const LiveConv& a) {
   }
 
   std::memset(a.grad_weight, 0, a.rows * a.row_stride * sizeof(float));
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (is_large(a))
   for (int64_t p = 0; p < panels; ++p) {
     const Span span = span_of(a, p * kWidth);
     for (int64_t lane = 0; lane < kWidth && p * kWidth + lane < a.rows; ++lane) {

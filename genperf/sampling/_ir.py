@@ -7,7 +7,7 @@ and channels of a node a :class:`Ref` reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -189,8 +189,3 @@ class Graph:
                 needed.add(id(node))
                 stack.extend(s.node for s in node.sources if isinstance(s, Ref))
         self.nodes = [n for n in self.nodes if id(n) in needed]
-
-
-def through(source: Source, window: Window) -> Source:
-    """A source as read through a further window."""
-    return replace(source, window=source.window.then(window))

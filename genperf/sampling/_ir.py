@@ -43,6 +43,12 @@ class Window:
             min(self.x1, outer.x1 + self.dx),
         )
 
+    def within(self, rows: int, cols: int) -> Window:
+        """The same, with nothing read outside of that many rows and columns of the source."""
+        return Window(
+            self.dy, self.dx, max(self.y0, 0), min(self.y1, rows), max(self.x0, 0), min(self.x1, cols)
+        )
+
 
 WHOLE = Window()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +11,13 @@ from numpy.typing import NDArray
 from genperf.sampling._errors import CausalityError
 from genperf.sampling._ir import (
     AttentionNode,
+    ConcatNode,
     ConvNode,
     GlobalNode,
     Graph,
     Input,
     Node,
+    PointwiseNode,
     Ref,
     Source,
     Window,
@@ -24,30 +27,56 @@ Cells = NDArray[np.int64]  # [rows, cols]: number of the last draw that a cell d
 
 
 @dataclass
-class Times:
-    """For each node, the draw after which each of its cells is known."""
+class Known:
+    """When a node is known: group ``label[c]`` of channel c, and the cells [groups, rows, cols] of each."""
 
-    known: dict[int, Cells]
+    label: NDArray[np.int64]
+    cells: NDArray[np.int64]
+
+
+@dataclass
+class Times:
+    """For each node, the draw after which each of its cells is known, by groups of channels."""
+
+    known: dict[int, Known]
     draws: int
+
+    def latest(self, node: Node) -> Cells:
+        """When all channels of a node are known."""
+        cells: Cells = self.known[id(node)].cells.max(0)
+        return cells
 
     def of(self, source: Source | None, rows: int, cols: int) -> Cells:
         """The same for a source as it is read by a node of that grid."""
+        cells: Cells = self.parts(source, rows, cols, 1).cells.max(0)
+        return cells
+
+    def parts(self, source: Source | None, rows: int, cols: int, channels: int) -> Known:
+        """A source as it is read by a node of that grid and so many channels."""
         if not isinstance(source, Ref):
-            return np.full((rows, cols), -1)
-        return windowed(self.known[id(source.node)], source.window, rows, cols)
+            return Known(np.zeros(channels, dtype=np.int64), np.full((1, rows, cols), -1))
+        read = _slice(self.known[id(source.node)], source)
+        return Known(read.label, np.stack([windowed(c, source.window, rows, cols) for c in read.cells]))
+
+
+def _slice(known: Known, ref: Ref) -> Known:
+    """The channels that ``ref`` reads, in cells of its node."""
+    groups, label = np.unique(known.label[ref.channel : ref.channel + ref.channels], return_inverse=True)
+    return Known(label, known.cells[groups])
 
 
 def windowed(cells: Cells, window: Window, rows: int, cols: int, num: int = 1, den: int = 1) -> Cells:
     """``cells`` through a window, at rows and columns that are scaled by num / den; -1 where 0 is read."""
-    y, in_y = _positions(rows, num, den, window.dy, window.y0, min(window.y1, cells.shape[0]))
-    x, in_x = _positions(cols, num, den, window.dx, window.x0, min(window.x1, cells.shape[1]))
+    y, in_y = positions(rows, num, den, window.dy, window.y0, min(window.y1, cells.shape[0]))
+    x, in_x = positions(cols, num, den, window.dx, window.x0, min(window.x1, cells.shape[1]))
     read: Cells = np.where(in_y[:, None] & in_x[None], cells[y[:, None], x[None]], -1)
     return read
 
 
-def _positions(
+def positions(
     n: int, num: int, den: int, offset: int, low: int, high: int
 ) -> tuple[Cells, NDArray[np.bool_]]:
+    """Where n rows or columns read, and which of them read anything."""
     at = np.arange(n) * num + offset
     inside = (at % den == 0) & (at // den >= max(low, 0)) & (at // den < high)
     return np.where(inside, at // den, 0), inside
@@ -61,76 +90,165 @@ def tap_window(node: ConvNode, tap: tuple[int, int]) -> tuple[Window, int, int]:
 
 
 def tap_times(times: Times, node: ConvNode, tap: tuple[int, int]) -> Cells:
+    """When all that a tap reads is known."""
     window, num, den = tap_window(node, tap)
-    return windowed(times.known[id(node.source.node)], window, node.rows, node.cols, num, den)
+    latest = _slice(times.known[id(node.source.node)], node.source).cells.max(0)
+    return windowed(latest, window, node.rows, node.cols, num, den)
 
 
 def when_known(graph: Graph, draws: int = 1) -> Times:
-    """Exact times for every node, tap by tap."""
+    """Exact times for every node, tap by tap and channel by channel."""
     times = Times({}, draws)
     for node in graph.nodes:
-        times.known[id(node)] = _node_times(times, node)
+        times.known[id(node)] = node_times(times, node)
     return times
 
 
-def _node_times(times: Times, node: Node) -> Cells:
-    rows, cols = node.rows, node.cols
+def node_times(times: Times, node: Node) -> Known:
+    """When a node is known, given those that it reads."""
+    rows, cols, channels = node.rows, node.cols, node.channels
     if isinstance(node, Input):
-        pixels = np.arange(rows * cols).reshape(rows, cols)
-        return pixels * times.draws + times.draws - 1
+        pixels = np.arange(rows * cols).reshape(1, rows, cols) * times.draws
+        draw = np.arange(channels) * times.draws // channels
+        return Known(draw, pixels + np.arange(draw[-1] + 1)[:, None, None])
     if isinstance(node, ConvNode):
-        cells = times.of(node.init, rows, cols)
-        for tap in node.taps:
-            cells = np.maximum(cells, tap_times(times, node, tap))
-        return cells
+        return _merged(*_conv_times(times, node))
+    if isinstance(node, ConcatNode):
+        parts = [times.parts(source, rows, cols, n) for source, n in node.parts]
+        starts = np.cumsum([0] + [len(p.cells) for p in parts])
+        label = np.concatenate([p.label + start for p, start in zip(parts, starts, strict=False)])
+        return _merged(label, np.concatenate([p.cells for p in parts]))
+    if isinstance(node, PointwiseNode):
+        a, b = (times.parts(s, rows, cols, channels) for s in (node.a, node.b))
+        pairs, label = np.unique(np.stack([a.label, b.label]), axis=1, return_inverse=True)
+        return _merged(label.reshape(-1), np.maximum(a.cells[pairs[0]], b.cells[pairs[1]]))
     if isinstance(node, AttentionNode):
         keys = np.maximum(times.of(node.k, rows, cols), times.of(node.v, rows, cols)).ravel()
         last = np.concatenate([[-1], np.maximum.accumulate(keys)])
         count = node.count.numpy()
         cells = np.maximum(last[count].reshape(rows, cols), times.of(node.q, rows, cols))
-        return np.where(count.reshape(rows, cols) > 0, cells, -1)
-    if isinstance(node, GlobalNode):
-        return np.full((rows, cols), times.known[id(node.source.node)].max())
-    cells = np.full((rows, cols), -1)
-    for source in node.sources:
-        cells = np.maximum(cells, times.of(source, rows, cols))
-    return cells
+        cells = np.where(count.reshape(rows, cols) > 0, cells, -1)
+    elif isinstance(node, GlobalNode):
+        cells = np.full((rows, cols), times.latest(node.source.node).max())
+    else:
+        (source,) = node.sources
+        cells = times.of(source, rows, cols)
+    return Known(np.zeros(channels, dtype=np.int64), cells[None])
 
 
-def check_causal(graph: Graph, times: Times) -> None:
-    """Raise CausalityError unless the parameters of each draw depend on earlier draws alone."""
+def _conv_times(times: Times, node: ConvNode) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """One group for every set of taps, input groups and init that some output channel depends on."""
+    init = times.parts(node.init, node.rows, node.cols, node.channels)
+    if not node.taps:
+        return init.label, init.cells
+    source = _slice(times.known[id(node.source.node)], node.source)
+    live = node.weight.numpy() != 0  # [taps, channels in, channels]
+    member = source.label[:, None] == np.arange(len(source.cells))
+    used = np.stack([live[:, member[:, g]].any(1) for g in range(member.shape[1])], 1)  # [taps, groups, n]
+    rows = np.concatenate([init.label[None], used.reshape(-1, node.channels)])
+    kinds, label = np.unique(rows, axis=1, return_inverse=True)
+    seen = np.stack(
+        [
+            windowed(cells, window, node.rows, node.cols, num, den)
+            for window, num, den in (tap_window(node, tap) for tap in node.taps)
+            for cells in source.cells
+        ]
+    )
+    known = [np.maximum(init.cells[kind[0]], seen[kind[1:] != 0].max(0, initial=-1)) for kind in kinds.T]
+    return label.reshape(-1), np.stack(known)
+
+
+def _merged(label: NDArray[np.int64], cells: NDArray[np.int64]) -> Known:
+    """Groups of equal times as one."""
+    if len(cells) == 1:
+        return Known(label, cells)
+    flat, same = np.unique(cells.reshape(len(cells), -1), axis=0, return_inverse=True)
+    return Known(same.reshape(-1)[label], flat.reshape(-1, *cells.shape[1:]))
+
+
+def check_causal(graph: Graph, times: Times, draw: Sequence[int] | None = None) -> None:
+    """Raise CausalityError unless the parameters of each draw depend on earlier draws alone.
+
+    ``draw[c]`` is the draw that channel c of the output belongs to: by default the first of the pixel.
+    """
     rows, cols = graph.input.rows, graph.input.cols
-    seen = times.of(graph.output, rows, cols)
-    allowed = np.arange(rows * cols).reshape(rows, cols) * times.draws - 1
-    late = np.argwhere(seen > allowed)
-    if len(late) == 0:
-        return
-    y, x = map(int, late[len(late) // 2])
-    sees = divmod(int(seen[y, x]) // times.draws, cols)
-    name, tap = _offender(times, graph.output, y, x)
+    seen = times.parts(graph.output, rows, cols, graph.output.channels)
+    first = np.arange(rows * cols).reshape(rows, cols) * times.draws
+    for channel in range(graph.output.channels):
+        own = 0 if draw is None else draw[channel]
+        cells = seen.cells[seen.label[channel]]
+        late = np.argwhere(cells >= first + own)
+        if len(late):
+            y, x = map(int, late[len(late) // 2])
+            raise CausalityError(_complaint(graph, times, channel, y, x, int(cells[y, x])))
+
+
+def _complaint(graph: Graph, times: Times, channel: int, y: int, x: int, seen: int) -> str:
+    sees = divmod(seen // times.draws, graph.input.cols)
+    name, tap = _offender(times, graph.output, channel, y, x)
     at = f" through its tap (row {tap[0]:+d}, column {tap[1]:+d})" if tap else ""
-    raise CausalityError(
-        f"{name}{at} looks at the future: the output at pixel ({y}, {x}) depends on pixel {sees}, "
+    of = f", value {seen % times.draws}," if times.draws > 1 else ""
+    return (
+        f"{name}{at} looks at the future: the output at pixel ({y}, {x}) depends on pixel {sees}{of} "
         "which is drawn at the same time or later"
     )
 
 
-def _offender(times: Times, ref: Ref, y: int, x: int) -> tuple[str, tuple[int, int] | None]:
+def _offender(times: Times, ref: Ref, channel: int, y: int, x: int) -> tuple[str, tuple[int, int] | None]:
     """On the way from an output cell to its last input, the node that looks furthest ahead."""
     best: tuple[tuple[int, int], str, tuple[int, int] | None] = ((-(1 << 30), 0), ref.node.name, None)
-    node, y, x = ref.node, y + ref.window.dy, x + ref.window.dx
+    node, c, y, x = ref.node, ref.channel + channel, y + ref.window.dy, x + ref.window.dx
     while not isinstance(node, Input):
         if isinstance(node, AttentionNode | GlobalNode):
             return node.name, None
-        if isinstance(node, ConvNode) and node.taps:
-            tap = max(node.taps, key=lambda t, n=node, i=y, j=x: int(tap_times(times, n, t)[i, j]))  # type: ignore[misc]
-            if tap >= best[0]:  # of several, the one nearest to the input
-                best = (tap, node.name, tap)
-            window, num, den = tap_window(node, tap)
-            node, y, x = node.source.node, (y * num + window.dy) // den, (x * num + window.dx) // den
-            continue
-        rows, cols = node.rows, node.cols
-        refs = [s for s in node.sources if isinstance(s, Ref)]
-        source = max(refs, key=lambda s, i=y, j=x, r=rows, c=cols: int(times.of(s, r, c)[i, j]))  # type: ignore[misc]
-        node, y, x = source.node, y + source.window.dy, x + source.window.dx
+        if isinstance(node, ConvNode):
+            found = _latest_tap(times, node, c, y, x)
+            if found is not None:
+                tap, c = found
+                if tap >= best[0]:  # of several, the one nearest to the input
+                    best = (tap, node.name, tap)
+                window, num, den = tap_window(node, tap)
+                node, y, x = node.source.node, (y * num + window.dy) // den, (x * num + window.dx) // den
+                continue
+        ref, c = _latest_source(times, node, c, y, x)
+        node, c, y, x = ref.node, ref.channel + c, y + ref.window.dy, x + ref.window.dx
     return best[1], best[2]
+
+
+def _latest_tap(times: Times, node: ConvNode, c: int, y: int, x: int) -> tuple[tuple[int, int], int] | None:
+    """The tap, and channel of the source's node, that gives a channel its last dependence."""
+    source = times.known[id(node.source.node)]
+    live = node.weight.numpy()[:, :, c] != 0
+    best, found = -1, None
+    for t, tap in enumerate(node.taps):
+        window, num, den = tap_window(node, tap)
+        for i in np.unique(source.label[node.source.channel + np.flatnonzero(live[t])], return_index=True)[1]:
+            channel = node.source.channel + int(np.flatnonzero(live[t])[i])
+            cells = source.cells[source.label[channel]]
+            seen = int(windowed(cells, window, node.rows, node.cols, num, den)[y, x])
+            if seen > best:
+                best, found = seen, (tap, channel)
+    if isinstance(node.init, Ref):
+        init = times.parts(node.init, node.rows, node.cols, node.channels)
+        if int(init.cells[init.label[c]][y, x]) > best:
+            return None
+    return found
+
+
+def _latest_source(times: Times, node: Node, c: int, y: int, x: int) -> tuple[Ref, int]:
+    """The reference that gives a channel its last dependence, and which of its channels that is."""
+    if isinstance(node, ConcatNode):
+        for source, channels in node.parts:
+            if c < channels:
+                assert isinstance(source, Ref)
+                return source, c
+            c -= channels
+    sources = [node.init] if isinstance(node, ConvNode) else node.sources
+    refs = [s for s in sources if isinstance(s, Ref)]
+
+    def seen(ref: Ref) -> int:
+        known = times.parts(ref, node.rows, node.cols, ref.channels)
+        return int(known.cells[known.label[min(c, ref.channels - 1)]][y, x])
+
+    ref = max(refs, key=seen)
+    return ref, min(c, ref.channels - 1)

@@ -16,7 +16,7 @@ from genperf.sampling._ir import (
     Source,
 )  # fmt: skip
 from genperf.sampling._reference import _POINTWISE
-from genperf.sampling._verify import _positions, tap_window
+from genperf.sampling._verify import positions, tap_window
 
 
 def evaluate(graph: Graph, x: Tensor) -> Tensor:
@@ -24,8 +24,8 @@ def evaluate(graph: Graph, x: Tensor) -> Tensor:
     known: dict[int, Tensor] = {}
 
     def gather(values: Tensor, window, rows: int, cols: int, num: int = 1, den: int = 1) -> Tensor:
-        y, in_y = _positions(rows, num, den, window.dy, window.y0, min(window.y1, values.shape[1]))
-        c, in_c = _positions(cols, num, den, window.dx, window.x0, min(window.x1, values.shape[2]))
+        y, in_y = positions(rows, num, den, window.dy, window.y0, min(window.y1, values.shape[1]))
+        c, in_c = positions(cols, num, den, window.dx, window.x0, min(window.x1, values.shape[2]))
         inside = torch.from_numpy(in_y[:, None] & in_c[None])[None, :, :, None]
         return torch.where(inside, values[:, torch.from_numpy(y)][:, :, torch.from_numpy(c)], 0.0)
 

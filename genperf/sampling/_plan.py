@@ -1,0 +1,269 @@
+"""From a captured graph to the program that executors run: buffers, instructions, segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genperf.sampling import _program as p
+from genperf.sampling._errors import CaptureError
+from genperf.sampling._feedback import Feedback, Scaled
+from genperf.sampling._ir import (
+    AttentionNode,
+    Constant,
+    ConvNode,
+    EmbedNode,
+    Graph,
+    Node,
+    PointwiseNode,
+    Source,
+    Window,
+)
+from genperf.sampling._schedule import NEVER, Schedule, Task, schedule
+from genperf.sampling._simplify import simplify
+from genperf.sampling._verify import Cells, check_causal, when_known
+from genperf.sampling.heads import Description
+
+
+@dataclass
+class Plan:
+    """A program, and for each of its instructions the node that it comes from and its role.
+
+    Roles: "row" computes several cells of a row at once; "ahead" does so for the taps of a convolution
+    that are known a row before the rest; "pixel" computes one cell a pixel, in the slot in which what it
+    reads is drawn; "prefetch" one cell a pixel that is known earlier.
+    """
+
+    program: p.Program
+    names: list[str]
+    roles: list[str]
+    head: Description
+    feedback: Feedback
+    overlap: bool
+
+
+def plan(graph: Graph, head: Description, feedback: Feedback, overlap: bool = True) -> Plan:
+    """The program that samples from a causal graph.
+
+    Args:
+        head: what the graph's output means.
+        feedback: how a drawn value enters the graph's input.
+        overlap: let buffers share memory where they are never alive together.
+
+    Raises:
+        CausalityError: if an output depends on what is not drawn yet.
+        CaptureError: if the graph has no incremental form.
+    """
+    check_causal(graph, when_known(graph, head.draws), _draw_of_channel(head, graph.output.channels))
+    graph = simplify(graph, head.draws)
+    made = schedule(graph, when_known(graph, head.draws))
+    return _Emitter(graph, made).plan(head, feedback, overlap)
+
+
+def refill(old: Plan, graph: Graph) -> None:
+    """Put the weights and constants of another recording of the same model into a plan.
+
+    Raises:
+        CaptureError: if the recording needs another plan.
+    """
+    new = plan(graph, old.head, old.feedback, old.overlap).program
+    tables = zip(old.program.tables().values(), new.tables().values(), strict=True)
+    if not all(torch.equal(a, b) for a, b in tables) or not torch.equal(old.program.segments, new.segments):
+        raise CaptureError("the structure of the model has changed since it was compiled; compile it again")
+    old.program.tensors, old.program.weights = new.tensors, new.weights
+
+
+def _draw_of_channel(head: Description, channels: int) -> list[int]:
+    """Which draw of a pixel reads each channel of the output; the last one where that is not known."""
+    owner = [head.draws - 1] * channels
+    layout = head.program(0, 1, 1)
+    for draw in range(head.draws if layout.kind != p.HeadKind.CALLBACK else 0):
+        for k in range(max(1, layout.classes) if layout.kind == p.HeadKind.CATEGORICAL else 2):
+            channel = k * layout.stride_class + draw * layout.stride_draw
+            if channel < channels:
+                owner[channel] = draw
+    return owner
+
+
+class _Emitter:
+    """Instructions for the tasks of a schedule."""
+
+    def __init__(self, graph: Graph, made: Schedule) -> None:
+        self._graph = graph
+        self._made = made
+        self._buffer: dict[int, int] = {}
+        self._operands: dict[p.Operand, int] = {}
+        self._consts: dict[int, int] = {}
+        self._program: p.Program = None  # type: ignore[assignment]
+
+    def plan(self, head: Description, feedback: Feedback, overlap: bool) -> Plan:
+        grid = self._graph.input
+        self._program = program = p.Program(head.program(0, grid.rows, grid.cols))
+        self._buffers(overlap)
+        params = self._operand(self._graph.output)
+        fed, input, scale = p.FeedbackKind.NONE, -1, Scaled()
+        if feedback != "index":
+            input = self._buffer[id(grid)]
+            fed = p.FeedbackKind.ONE_HOT
+            if isinstance(feedback, Scaled):
+                fed, scale = p.FeedbackKind.SCALED, feedback
+        program.head = head.program(params, grid.rows, grid.cols, fed, input, scale.scale, scale.offset)
+        program.instructions = [self._instruction(task) for task in self._made.tasks]
+        self._segments()
+        roles = [_role(task) for task in self._made.tasks]
+        return Plan(program, [task.value.name for task in self._made.tasks], roles, head, feedback, overlap)
+
+    # buffers
+
+    def _buffers(self, overlap: bool) -> None:
+        made, program = self._made, self._program
+        writers: dict[int, list[int]] = {}
+        homes: dict[int, Node] = {}
+        if id(self._graph.input) in made.first:
+            homes[id(self._graph.input)] = self._graph.input
+            writers[id(self._graph.input)] = [-1]
+        for i, task in enumerate(made.tasks):
+            home, _ = made.home[id(task.value)]
+            homes[id(home)] = home
+            writers.setdefault(id(home), []).append(i)
+        place = {id(task): i for i, task in enumerate(made.tasks)}
+        spare = _Spare()
+        at = 0
+        for key, node in homes.items():
+            first, last = made.first[key], made.last[key]
+            rows, cols = ring(first, last)
+            size = rows * cols * node.channels
+            self._buffer[key] = len(program.buffers)
+            if overlap and bool((first == last)[first < NEVER].all()):
+                readers = [len(place) if t is None else place[id(t)] for t in made.readers.get(key, [])]
+                offset = spare.take(size, min(writers[key]), max(readers + writers[key]))
+                program.buffers.append(p.Buffer(-1 - offset, rows, cols, node.channels))
+            else:
+                program.buffers.append(p.Buffer(at, rows, cols, node.channels))
+                at += _padded(size)
+        program.buffers = [
+            b if b.offset >= 0 else replace(b, offset=at - 1 - b.offset) for b in program.buffers
+        ]
+        program.workspace = at + spare.size
+
+    # operands
+
+    def _operand(self, source: Source | None) -> int:
+        if source is None:
+            return -1
+        if isinstance(source, Constant):
+            w = _inside(source.window, *(n if n > 1 else None for n in source.tensor.shape[1:3]))
+            made = p.Operand(True, self._const(source), 0, w.dy, w.dx, w.y0, w.y1, w.x0, w.x1)
+        else:
+            home, channel = self._made.home[id(source.node)]
+            w = _inside(source.window, source.node.rows, source.node.cols)
+            made = p.Operand(
+                False, self._buffer[id(home)], channel + source.channel, w.dy, w.dx, w.y0, w.y1, w.x0, w.x1
+            )
+        if made not in self._operands:
+            self._operands[made] = len(self._program.operands)
+            self._program.operands.append(made)
+        return self._operands[made]
+
+    def _const(self, constant: Constant) -> int:
+        if id(constant.tensor) not in self._consts:
+            tensor = constant.tensor.float().contiguous()
+            strides = [s if n > 1 else 0 for s, n in zip(tensor.stride(), tensor.shape, strict=True)]
+            self._consts[id(constant.tensor)] = len(self._program.consts)
+            self._program.consts.append(p.Const(self._tensor(tensor), *strides))
+        return self._consts[id(constant.tensor)]
+
+    def _tensor(self, tensor: Tensor) -> int:
+        self._program.tensors.append(tensor)
+        return len(self._program.tensors) - 1
+
+    # instructions
+
+    def _instruction(self, task: Task) -> p.Instruction:
+        home, channel = self._made.home[id(task.value)]
+        out, node, program = self._buffer[id(home)], task.node, self._program
+        if isinstance(node, PointwiseNode):
+            a, b = self._operand(node.a), self._operand(node.b)
+            return p.Pointwise(out, channel, node.channels, node.op, a, b, node.p, node.q)
+        if isinstance(node, EmbedNode):
+            return p.Embed(out, channel, node.channels, self._tensor(node.table.contiguous()), node.draw)
+        if isinstance(node, AttentionNode):
+            q, k, v = (self._operand(replace(s, window=Window())) for s in (node.q, node.k, node.v))
+            return p.Attention(
+                out, channel, q, k, v, node.heads, node.dim_k, node.dim_v, node.scale,
+                self._tensor(node.count), node.k.node.cols,
+            )  # fmt: skip
+        assert isinstance(node, ConvNode)
+        begin = len(program.taps)
+        program.taps += node.taps
+        program.weights.append(node.weight)
+        return p.Conv(
+            out, channel, node.channels, self._operand(node.source), node.source.channels, begin,
+            len(program.taps), node.num, node.den, len(program.weights) - 1, self._operand(node.init),
+        )  # fmt: skip
+
+    def _segments(self) -> None:
+        parts = []
+        for i, task in enumerate(self._made.tasks):
+            slot, row, col, cols = task.runs.T
+            parts.append(np.stack([slot, np.full_like(slot, i), row, col, cols], 1))
+        table = np.concatenate(parts)
+        table = table[np.lexsort((table[:, 3], table[:, 2], table[:, 1], table[:, 0]))]
+        counts = np.bincount(table[:, 0], minlength=self._program.slots)
+        self._program.slot_begin = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
+        segments = np.concatenate([table[:, 1:], np.zeros((len(table), 1), dtype=np.int64)], 1)
+        self._program.segments = torch.from_numpy(segments.astype(np.int32))
+
+
+def _role(task: Task) -> str:
+    if len(task.runs) and task.runs[:, 3].mean() > 1:
+        return "ahead" if task.ahead else "row"
+    return "prefetch" if task.slack else "pixel"
+
+
+def _inside(window: Window, rows: int | None, cols: int | None) -> Window:
+    far = Window().y1
+    return window.within(far if rows is None else rows, far if cols is None else cols)
+
+
+def _padded(floats: int) -> int:
+    return -(-floats // 16) * 16
+
+
+def ring(first: Cells, last: Cells) -> tuple[int, int]:
+    """The smallest ring of rows, then of columns, in which a cell is overwritten only after its last read."""
+    rows, cols = first.shape
+    y, x = np.nonzero(first < NEVER)
+    begin, end = first[y, x], last[y, x]
+
+    def fits(r: int, c: int) -> bool:
+        spot = y % r * c + x % c
+        order = np.lexsort((begin, spot))
+        same = spot[order][1:] == spot[order][:-1]
+        return not (same & (begin[order][1:] <= end[order][:-1])).any()
+
+    r = next((n for n in range(1, rows) if fits(n, cols)), rows)
+    sizes = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024) if n < cols]
+    return r, next((n for n in sizes if fits(r, n)), cols)
+
+
+class _Spare:
+    """Memory of buffers that are alive only inside one slot, between two of its tasks."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._taken: list[tuple[int, int, int, int]] = []  # offset, end, first task, last task
+
+    def take(self, size: int, first: int, last: int) -> int:
+        size, offset = _padded(size), 0
+        for begin, end, since, until in sorted(self._taken):
+            if since <= last and first <= until:  # alive together
+                if offset + size <= begin:
+                    break
+                offset = max(offset, end)
+        self._taken.append((offset, offset + size, first, last))
+        self.size = max(self.size, offset + size)
+        return offset

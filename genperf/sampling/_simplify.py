@@ -1,0 +1,167 @@
+"""A captured graph rewritten with fewer nodes: gates as one function, sums and scales inside convolutions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from genperf.sampling._ir import (
+    AttentionNode,
+    ConcatNode,
+    Constant,
+    ConvNode,
+    EmbedNode,
+    GlobalNode,
+    Graph,
+    Node,
+    PointwiseNode,
+    Ref,
+    Source,
+)
+from genperf.sampling._program import Op
+from genperf.sampling._verify import Times, when_known, windowed
+
+
+def simplify(graph: Graph, draws: int = 1) -> Graph:
+    """An equivalent graph; values differ by rounding where sums and scales move into a convolution."""
+    graph = _Mover(graph).run()
+    return _Folder(graph, when_known(graph, draws)).run()
+
+
+class _Mover:
+    """Lets readers of one part of a concatenation read where that part comes from."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes: list[Node] = []
+        self._now: dict[int, Node] = {}
+
+    def run(self) -> Graph:
+        for node in self.graph.nodes:
+            made = node if node is self.graph.input else self.rewritten(node)
+            self._now[id(node)] = made
+            self.nodes.append(made)
+        moved = Graph(self.graph.input, self.nodes, self.moved(self.graph.output))
+        moved.prune()
+        return moved
+
+    def moved(self, ref: Ref) -> Ref:
+        """The same values in the new graph."""
+        node, channel, window = self._now[id(ref.node)], ref.channel, ref.window
+        while isinstance(node, ConcatNode):
+            start, source = 0, None
+            for part, channels in node.parts:
+                if start <= channel and channel + ref.channels <= start + channels:
+                    source = part
+                    break
+                start += channels
+            if not isinstance(source, Ref):
+                break
+            window = source.window.then(window.within(node.rows, node.cols))
+            node, channel = source.node, source.channel + channel - start
+        return Ref(node, channel, ref.channels, window)
+
+    def source(self, source: Source) -> Source:
+        return self.moved(source) if isinstance(source, Ref) else source
+
+    def rewritten(self, node: Node) -> Node:
+        if isinstance(node, PointwiseNode):
+            a = self.source(node.a)
+            b = None if node.b is None else self.source(node.b)
+            return self.pointwise(replace(node, a=a, b=b))
+        if isinstance(node, ConvNode):
+            init = None if node.init is None else self.source(node.init)
+            return replace(node, source=self.moved(node.source), init=init)
+        if isinstance(node, ConcatNode):
+            return replace(node, parts=[(self.source(source), n) for source, n in node.parts])
+        if isinstance(node, AttentionNode):
+            return replace(node, q=self.moved(node.q), k=self.moved(node.k), v=self.moved(node.v))
+        if isinstance(node, GlobalNode):
+            return replace(node, source=self.moved(node.source))
+        assert isinstance(node, EmbedNode)
+        return replace(node)
+
+    def pointwise(self, node: PointwiseNode) -> Node:
+        return node
+
+
+class _Folder(_Mover):
+    def __init__(self, graph: Graph, times: Times) -> None:
+        super().__init__(graph)
+        refs = [s for n in graph.nodes for s in n.sources if isinstance(s, Ref)] + [graph.output]
+        self._uses = Counter(id(ref.node) for ref in refs)
+        self._known = {id(n): times.latest(n) for n in graph.nodes}
+
+    def rewritten(self, node: Node) -> Node:
+        made = super().rewritten(node)
+        self._uses[id(made)], self._known[id(made)] = self._uses[id(node)], self._known[id(node)]
+        return made
+
+    def pointwise(self, node: PointwiseNode) -> Node:
+        if node.b is None:
+            return node
+        pairs = [(node.a, node.b), (node.b, node.a)]
+        for a, b in pairs:
+            gate = self._only(b, node)
+            if node.op == Op.MUL and isinstance(gate, PointwiseNode) and gate.op == Op.SIGMOID:
+                other = self._only(a, node)
+                if isinstance(other, PointwiseNode) and other.op == Op.TANH:
+                    return replace(node, op=Op.TANH_SIGMOID, a=other.a, b=gate.a)
+                return replace(node, op=Op.MUL_SIGMOID, a=a, b=gate.a)
+        for a, b in pairs:
+            conv = self._only(a, node)
+            if not isinstance(conv, ConvNode):
+                continue
+            folded = None
+            if node.op == Op.ADD:
+                folded = self._plus(conv, b)
+            elif node.op == Op.MUL and isinstance(b, Constant):
+                folded = self._times(conv, b)
+            if folded is not None:
+                return folded
+        return node
+
+    def _only(self, source: Source, reader: Node) -> Node | None:
+        """The node that ``source`` reads whole and as it is, if nobody else reads it."""
+        if not isinstance(source, Ref) or self._uses[id(source.node)] != 1:
+            return None
+        node, window = source.node, source.window
+        whole = source.channel == 0 and source.channels == node.channels == reader.channels
+        inside = window.is_plain and window.y0 <= 0 and window.x0 <= 0
+        inside = inside and window.y1 >= reader.rows and window.x1 >= reader.cols
+        same = (node.rows, node.cols) == (reader.rows, reader.cols)
+        return node if whole and inside and same else None
+
+    def _times(self, conv: ConvNode, factor: Constant) -> ConvNode | None:
+        """``conv * factor`` as one convolution."""
+        by_channel = factor.window.is_plain and tuple(factor.tensor.shape[:3]) == (1, 1, 1)
+        if not by_channel or isinstance(conv.init, Ref):
+            return None
+        scale = factor.tensor.double()
+        init = None if conv.init is None else Constant((conv.init.tensor.double() * scale).float())
+        return replace(conv, weight=(conv.weight.double() * scale[0, 0]).float(), init=init)
+
+    def _plus(self, conv: ConvNode, other: Source) -> ConvNode | None:
+        """``conv + other`` as one convolution, where that makes nothing later and needs no further sum."""
+        if isinstance(other, Ref):
+            known = windowed(self._known[id(other.node)], other.window, conv.rows, conv.cols)
+            if (known > self._known[id(conv)]).any():
+                return None
+        if conv.init is None:
+            return replace(conv, init=other)
+        if isinstance(conv.init, Constant) and isinstance(other, Constant):
+            if not (other.window.is_plain and conv.init.window.is_plain):
+                return None
+            return replace(conv, init=Constant((conv.init.tensor.double() + other.tensor.double()).float()))
+        # Of a reference and a constant, the constant moves on to the convolution that is referred to.
+        ref, constant = (conv.init, other) if isinstance(conv.init, Ref) else (other, conv.init)
+        if not isinstance(ref, Ref) or not isinstance(constant, Constant):
+            return None
+        below = self._only(ref, conv)
+        merged = self._plus(below, constant) if isinstance(below, ConvNode) else None
+        if merged is None:
+            return None
+        assert below is not None
+        self.nodes[self.nodes.index(below)] = merged
+        self._uses[id(merged)], self._known[id(merged)] = 1, self._known[id(below)]
+        return replace(conv, init=replace(ref, node=merged))

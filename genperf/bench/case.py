@@ -58,15 +58,20 @@ class Benchmark:
         inputs: ``inputs(shape, dtype, device)`` makes the inputs of a case.
         reference: the definition. Called with the inputs in float64 and with what ``draws`` returns.
         genperf: the public function, run once for each backend in ``backends`` that serves the device.
-        baselines: provider name to function. ``"eager"`` is what speed-ups are measured against and is
-            compiled for the provider ``compile``; others are ``"peer/<library>"`` or ``"native"`` (the bare
-            kernel). One that raises NotImplementedError is left out of that case.
+        baselines: provider name to function. ``"eager"`` (or ``"naive"``, of samplers) is what speed-ups
+            are measured against; ``"eager"`` is also compiled for the provider ``compile``. Others are
+            ``"peer/<library>"``, ``"cached"`` (of samplers) or ``"native"`` (the bare kernel). One that raises NotImplementedError is left out of that case.
         bytes, flops: ``f(shape, dtype, mode)``, the least memory traffic and arithmetic the op needs.
         draws: for random ops, ``draws(provider, inputs, outputs)`` returns extra arguments for
             ``reference``: what the provider drew. It runs with torch's default generators in the state the
             provider found them in. Raises CheckError where no such draw is plausible.
         backends: genperf backends to measure.
         compile: whether ``eager`` is also measured under ``torch.compile``.
+        group: what selects it together with others; those with a group are left out of a run of everything.
+        parts: for a provider too slow to be timed whole, ``parts[name](shape)`` is how many times the work
+            that its function does makes up the case; its times are multiplied by that.
+        floor: ``floor(inputs)``, seconds that this machine needs at least, from rates measured there and
+            then; by default from ``bytes``, ``flops`` and the rates of the run.
     """
 
     op: str
@@ -80,6 +85,9 @@ class Benchmark:
     draws: Callable[[str, Inputs, tuple[Tensor, ...]], Inputs] | None = None
     backends: tuple[str, ...] = ("cpu", "triton", "cuda")
     compile: bool = True
+    group: str = ""
+    parts: Mapping[str, Callable[[tuple[int, ...]], int]] = field(default_factory=dict)
+    floor: Callable[[Inputs], float] | None = None
 
 
 def discover() -> list[Benchmark]:

@@ -44,7 +44,8 @@ def _bench(arguments: Sequence[str]) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("ops", nargs="*", metavar="OP", help="ops to measure (default: all)")
+    what = "ops to measure, or a group of them such as 'sampling' (default: all that are in no group)"
+    parser.add_argument("ops", nargs="*", metavar="OP", help=what)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument("--quick", action="store_true", help="few runs, and no torch.compile")
@@ -89,11 +90,16 @@ def _bench(arguments: Sequence[str]) -> int:
 
 
 def _select(benchmarks: list[Benchmark], ops: list[str]) -> list[Benchmark]:
-    known = {benchmark.op: benchmark for benchmark in benchmarks}
+    known = {benchmark.op: [benchmark] for benchmark in benchmarks}
+    for benchmark in benchmarks:
+        if benchmark.group:
+            known.setdefault(benchmark.group, []).append(benchmark)
     for op in ops:
         if op not in known:
             raise ValueError(f"no benchmark is named {op!r}; there are: {', '.join(known)}")
-    return [known[op] for op in ops] if ops else benchmarks
+    if not ops:
+        return [benchmark for benchmark in benchmarks if not benchmark.group]
+    return list(dict.fromkeys(benchmark for op in ops for benchmark in known[op]))
 
 
 def _run_with_progress(benchmarks: list[Benchmark], options: Options, total: int) -> Results:

@@ -23,17 +23,21 @@ Run = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: at least ``rounds`` samples, each of ``sample_s``, ``budget_s`` a provider."""
+    """How long to measure: at least ``rounds`` samples, each of ``sample_s``, ``budget_s`` a provider.
+
+    Where a round of all providers takes longer than ``budget_s``, ``least`` rounds will do.
+    """
 
     sample_s: float
     rounds: int
     max_rounds: int
     budget_s: float
     stable: float = 0.003
+    least: int = 5
 
 
 THOROUGH = Effort(sample_s=2e-3, rounds=15, max_rounds=400, budget_s=2.0)
-QUICK = Effort(sample_s=5e-4, rounds=5, max_rounds=40, budget_s=0.15)
+QUICK = Effort(sample_s=5e-4, rounds=5, max_rounds=40, budget_s=0.15, least=1)
 
 
 @dataclass
@@ -123,17 +127,24 @@ def race(contenders: list[Contender], clock: CpuClock | CudaClock, effort: Effor
     with quiet():
         for contender in contenders:
             with contender.context():
-                clock.measure(contender.prepare, contender.run, 3)
-                once = min(clock.measure(contender.prepare, contender.run, 1)[0] for _ in range(2))[0]
+                once = clock.measure(contender.prepare, contender.run, 1)[0][0]
+                if once < effort.budget_s / 5:
+                    clock.measure(contender.prepare, contender.run, 2)
+                    once = min(clock.measure(contender.prepare, contender.run, 1)[0] for _ in range(2))[0]
             if isinstance(clock, CudaClock):
                 contender.calls = clock.calls
             else:
                 contender.calls = max(1, min(10_000, math.ceil(effort.sample_s / max(once, 1e-7))))
         started = time.perf_counter()
         for done in range(effort.max_rounds):
-            if done >= effort.rounds and (
-                time.perf_counter() - started > effort.budget_s * len(contenders)
-                or all(contender.samples.stable(effort) for contender in contenders)
+            spent = time.perf_counter() - started
+            slow = done >= effort.least and spent > done * effort.budget_s
+            if slow or (
+                done >= effort.rounds
+                and (
+                    spent > effort.budget_s * len(contenders)
+                    or all(contender.samples.stable(effort) for contender in contenders)
+                )
             ):
                 break
             for contender in contenders:

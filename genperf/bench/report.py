@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from .results import Results, Row, speedup
+from .results import BASELINES, Results, Row, speedup
 from .table import markdown, measures_overhead, need, ratio, title
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -17,9 +17,10 @@ _COLOURS = {
     "genperf/triton": "#56B4E9",
     "genperf/cuda": "#009E73",
     "compile": "#E69F00",
+    "cached": "#E69F00",
 }
 _PEER_COLOURS = ("#CC79A7", "#D55E00", "#F0E442")
-_NOT_CHARTED = ("eager", "native")
+_NOT_CHARTED = (*BASELINES, "native")
 _GAP = 0.55  # between cases, in bars
 
 
@@ -49,20 +50,20 @@ def chart_rows(results: Results) -> dict[str, dict[str, dict[str, Row]]]:
     panels: dict[str, dict[str, dict[str, Row]]] = {}
     for (op, shape, dtype, mode), rows in results.cases().items():
         shown = {row.provider: row for row in rows if row.provider not in _NOT_CHARTED}
-        with_eager = any(row.provider == "eager" for row in rows)
-        if best[op, shape, dtype] == mode and shown and with_eager and not measures_overhead(rows):
+        with_base = any(row.provider in BASELINES for row in rows)
+        if best[op, shape, dtype] == mode and shown and with_base and not measures_overhead(rows):
             label = shape.replace("x", "\u00d7") + f"\n{dtype}, {mode}"
             panels.setdefault(op, {})[label] = shown
     return panels
 
 
 def write_chart(results: Results, path: str | Path) -> list[Path]:
-    """Draws speed-ups over eager, one panel an op, as an SVG and a PNG file; returns their paths."""
+    """Draws speed-ups, one panel an op, as an SVG and a PNG file; returns their paths."""
     need("matplotlib").use("Agg")
     pyplot = need("matplotlib.pyplot")
     panels = chart_rows(results)
     if not panels:
-        raise ValueError("no case has both eager and another provider: nothing to chart")
+        raise ValueError("no case has both a baseline and another provider: nothing to chart")
     colours = _colours(results)
     bars = {op: sum(len(rows) for rows in cases.values()) + _GAP * len(cases) for op, cases in panels.items()}
     style = {"font.size": 10, "font.family": "sans-serif", "svg.fonttype": "path", "svg.hashsalt": "genperf"}
@@ -80,7 +81,7 @@ def write_chart(results: Results, path: str | Path) -> list[Path]:
         _scale(axes[:, 0], results, panels)
         handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
         figure.legend(handles, list(colours), loc="outside upper left", ncols=len(colours), frameon=False)
-        axes[-1, 0].set_xlabel("times as fast as eager torch")
+        axes[-1, 0].set_xlabel(f"times as fast as {_baseline(results)}")
         figure.supxlabel(_caption(results), fontsize=8, color="#555555", x=0.01, ha="left")
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +90,11 @@ def write_chart(results: Results, path: str | Path) -> list[Path]:
         figure.savefig(written[1], dpi=160)
         pyplot.close(figure)
     return written
+
+
+def _baseline(results: Results) -> str:
+    naive = any(row.provider == "naive" for row in results.rows)
+    return "a loop that calls the model once a pixel" if naive else "eager torch"
 
 
 def _caption(results: Results) -> str:

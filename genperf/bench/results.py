@@ -109,12 +109,15 @@ class Results:
         return grouped
 
 
+BASELINES = ("eager", "naive")  # what speed-ups are over
+
+
 def speedup(row: Row, case: Iterable[Row]) -> float | None:
-    """Eager's time over this row's; None where either failed its check or was not measured."""
-    eager = next((other for other in case if other.provider == "eager"), None)
-    if eager is None or not (eager.ok and row.ok) or not (eager.seconds and row.seconds):
+    """The baseline's time over this row's; None where either failed its check or was not measured."""
+    base = next((other for other in case if other.provider in BASELINES), None)
+    if base is None or not (base.ok and row.ok) or not (base.seconds and row.seconds):
         return None
-    return eager.seconds / row.seconds
+    return base.seconds / row.seconds
 
 
 def overhead(row: Row, case: Iterable[Row]) -> float | None:

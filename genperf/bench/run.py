@@ -158,9 +158,10 @@ class _Session:
         }
         timing: dict[str, Any] = dict.fromkeys(("p20_s", "median_s", "p80_s", "cpu_s", "peak_bytes"))
         if contender is not None:
-            wall = measure.quantiles(contender.samples.wall)
+            parts = benchmark.parts[provider](case.shape) if provider in benchmark.parts else 1
+            wall = measure.quantiles([parts * sample for sample in contender.samples.wall])
             timing.update(zip(("p20_s", "median_s", "p80_s"), wall, strict=True))
-            timing["cpu_s"] = measure.quantiles(contender.samples.cpu)[1]
+            timing["cpu_s"] = parts * measure.quantiles(contender.samples.cpu)[1]
             with contender.context():
                 timing["peak_bytes"] = measure.peak_bytes(contender.prepare, contender.run, self.device)
         row = Row(
@@ -179,13 +180,15 @@ class _Session:
             **work,
             **timing,
         )
-        return self.with_ceiling(row)
+        return self.with_ceiling(row, problem)
 
-    def with_ceiling(self, row: Row) -> Row:
+    def with_ceiling(self, row: Row, problem: Problem) -> Row:
         if not row.seconds:
             return row
         ceilings = self.results.header["ceilings"]
         least = max(row.bytes / ceilings["copy_bytes_per_s"], row.flops / ceilings["matmul_flops_per_s"])
+        if problem.benchmark.floor is not None:
+            least = problem.floor
         return dataclasses.replace(row, ceiling_fraction=least / row.seconds)
 
 

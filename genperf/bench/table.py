@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-from .results import Results, Row, overhead, speedup
+from .results import BASELINES, Results, Row, overhead, speedup
 
 _TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 _MEMORY = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
@@ -125,7 +125,7 @@ def markdown(results: Results) -> str:
     table = tabulate.tabulate(lines, names, tablefmt="github", disable_numparse=True)
     notes = [
         f"{title(results.header)} Each cell: {clock_name(results.rows[0])} of a call, and in brackets the "
-        "speed-up over eager.",
+        f"speed-up over {next((row.provider for row in results.rows if row.provider in BASELINES), 'eager')}.",
         *_overheads(results),
     ]
     return "\n\n".join([table, *notes] if lines else notes)
@@ -137,7 +137,7 @@ def _cell(row: Row | None, case: list[Row]) -> str:
     if not row.ok:
         return "check failed"
     gain = speedup(row, case)
-    shown = "" if gain is None or row.provider == "eager" else f" ({ratio(gain)})"
+    shown = "" if gain is None or row.provider in BASELINES else f" ({ratio(gain)})"
     return seconds(row.seconds) + shown
 
 
@@ -159,5 +159,5 @@ def _overheads(results: Results) -> list[str]:
 
 
 def _provider_order(name: str) -> tuple[int, str]:
-    order = ("eager", "compile", "peer/", "native", "genperf/")
+    order = ("eager", "naive", "compile", "cached", "graph", "peer/", "native", "genperf/")
     return next((i for i, prefix in enumerate(order) if name.startswith(prefix)), len(order)), name

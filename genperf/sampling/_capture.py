@@ -8,6 +8,7 @@ tensor over that storage means reading a view of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from genperf.sampling._errors import CaptureError
+from genperf.sampling._views import (
+    IN_PLACE,
+    SAME,
+    SILENT_VIEWS,
+    Step,
+    Target,
+    aten,
+    meta_result,
+    name_of,
+    steps_of,
+    undo,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +49,7 @@ class Value:
 class Call:
     """One aten call: ``args`` and ``kwargs`` hold Values, constant tensors and plain numbers."""
 
-    target: torch._ops.OpOverload
+    target: Target
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: tuple[Value | None, ...]
@@ -60,72 +73,102 @@ class Recording:
 
 @dataclass(eq=False)
 class _Root:
-    """A storage that depends on the input."""
+    """A storage with something in it that depends on the input, or did; ``value`` is what it holds."""
 
     storage: torch.UntypedStorage
     geometry: tuple[Any, ...]
-    value: Value
-    views: dict[Any, Value] = field(default_factory=dict)
+    value: Value | Tensor
+    views: dict[Any, Value | Tensor] = field(default_factory=dict)  # of (value, steps): that part of it
+    last: tuple[tuple[Step, ...], Value | Tensor] | None = None  # where it was written, its value before
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:
     return (tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype)
 
 
-_aten = torch.ops.aten
-_RANDOM = ("dropout", "bernoulli", "aten.rand", "aten.normal", "multinomial", "exponential_", "random")
-_ALIASES = {_aten.alias.default, _aten.detach.default}
+def _is_contiguous(geometry: tuple[Any, ...]) -> bool:
+    size = 1
+    for n, stride in zip(reversed(geometry[0]), reversed(geometry[1]), strict=True):
+        if n != 1 and stride != size:
+            return False
+        size *= n
+    return True
+
+
+def _is_value(a: Any) -> bool:
+    return isinstance(a, Value)
+
+
 _SHAPE_ONLY = ("_like", "aten.new_")  # makes a tensor of which the input gives only the shape
+_OVERWRITES = ("copy_", "fill_", "zero_")
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, parameters: Mapping[int, str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.host_reads: list[str] = []
         self.module = ""
         self._roots: dict[int, _Root] = {}
-        self._chains: Any = WeakIdKeyDictionary()  # tensor -> (root, view calls from the root)
-        self._owned = parameters  # storages of parameters and buffers, which may change later
+        # tensor -> geometry of the tensor that it is a view of, steps from there
+        self._chains: Any = WeakIdKeyDictionary()
 
     def start(self, tensor: Tensor) -> Value:
         value = Value(-1, 0, tuple(tensor.shape), tensor.dtype)
         self._bind(tensor, value)
         return value
 
-    def _bind(self, tensor: Tensor, value: Value) -> None:
+    def _bind(self, tensor: Tensor, value: Value | Tensor) -> _Root:
         storage = tensor.untyped_storage()
-        root = _Root(storage, _geometry(tensor), value)
-        self._roots[storage._cdata] = root
-        self._chains[tensor] = (root, ())
+        root = self._roots[storage._cdata] = _Root(storage, _geometry(tensor), value)
+        self._chains[tensor] = (root.geometry, ())
+        return root
 
     def _root(self, tensor: Tensor) -> _Root | None:
         return self._roots.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
 
-    def read(self, tensor: Tensor) -> Value | None:
-        """The current value of a tensor; None for a constant."""
-        root = self._root(tensor)
-        if root is None:
-            return None
-        known = self._chains.get(tensor)
-        if known is None:
-            if _geometry(tensor) == root.geometry:
-                return root.value
-            raise CaptureError(
-                f"{self.module or 'the model'}: reads a part of a tensor that was made outside of torch's "
-                "dispatcher (for example through numpy); use torch operations for it"
-            )
-        value = root.value
-        for step, (target, args, kwargs) in enumerate(known[1]):
-            key = (root.value, known[1][: step + 1])
-            if key not in root.views:
-                root.views[key] = self._record(
-                    target, (value, *args), dict(kwargs), _meta(target, value, args, kwargs)
-                )
-            value = root.views[key]
-        return value
+    def _fail(self, why: str) -> CaptureError:
+        return CaptureError(f"{self.module or 'the model'}: {why}")
 
-    def _record(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: Any) -> Any:
+    def read(self, a: Any) -> Any:
+        """The current Value of a tensor, or a copy of it if it is a constant; anything else as it is."""
+        if not isinstance(a, Tensor):
+            return a
+        root = self._root(a)
+        if root is None:  # what is constant may be written to later
+            return a.detach().clone()
+        return self._part(root, root.value, self._steps(root, a))
+
+    def _steps(self, root: _Root, tensor: Tensor) -> tuple[Step, ...]:
+        """The way from a root to a tensor over its storage."""
+        origin, steps = self._chains.get(tensor, (_geometry(tensor), ()))
+        if origin == root.geometry:
+            return steps
+        both = (origin, root.geometry)
+        sizes = {(math.prod(g[0]), *g[2:]) for g in both}
+        if len(sizes) == 1 and all(map(_is_contiguous, both)):
+            return (Step(aten.reshape.default, (origin[0],)), *steps)
+        raise self._fail(
+            "reads a part of a tensor that was made outside of torch's dispatcher (for example through "
+            "numpy); use torch operations for it"
+        )
+
+    def _part(self, root: _Root, value: Value | Tensor, steps: tuple[Step, ...]) -> Value | Tensor:
+        known = len(steps)
+        while known and (value, steps[:known]) not in root.views:
+            known -= 1
+        part = root.views[value, steps[:known]] if known else value
+        for i, step in enumerate(steps[known:], start=known + 1):
+            part = root.views[value, steps[:i]] = self._apply(step.target, (part, *step.operands()))
+        return part
+
+    def _apply(self, target: Target, args: tuple[Any, ...]) -> Any:
+        """Record a call that the model did not make, or compute it, if its operands are constants."""
+        if any(map(_is_value, args)):
+            return self._record(target, args, {}, meta_result(target, args, _is_value))
+        return target(*args)
+
+    def _record(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], like: Any) -> Any:
         """Append a call whose results look like ``like`` (a tensor or a sequence of them)."""
         many = isinstance(like, (tuple, list))
         results = tuple(
@@ -135,127 +178,116 @@ class _Recorder(TorchDispatchMode):
         self.calls.append(Call(target, args, kwargs, results, self.module))
         return results if many else results[0]
 
-    def _constant(self, tensor: Tensor) -> Tensor:
-        owned = tensor.untyped_storage()._cdata in self._owned
-        return tensor.detach().clone() if owned else tensor.detach()
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
-        live = any(self._root(t) is not None for t in tensors)
-        if not live:
-            return func(*args, **kwargs)
         name = str(func.overloadpacket)
+        if torch.Tag.nondeterministic_seeded in func.tags and "attention" not in name:
+            raise self._fail(f"{name} draws random numbers inside forward; call model.eval() first")
+        aliases = [a.alias_info for a in func._schema.arguments]
+        written = [i for i, a in enumerate(aliases) if a is not None and a.is_write]
+        if func in IN_PLACE or (not written and (any(aliases) or func in SAME or func in SILENT_VIEWS)):
+            return self._view(func, args, kwargs)
+        tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        if not any(self._root(t) is not None for t in tensors):
+            return func(*args, **kwargs)
         if name.endswith(_SHAPE_ONLY[0]) or name.startswith(_SHAPE_ONLY[1]):
             return func(*args, **kwargs)
-        if func is _aten._local_scalar_dense.default:
-            self.host_reads.append(self.module)
-            return func(*args, **kwargs)
-        if any(word in name for word in _RANDOM):
-            raise CaptureError(
-                f"{self.module or 'the model'}: {name} draws random numbers inside forward; "
-                "call model.eval() first"
-            )
-        schema = func._schema.arguments
-        written = [i for i, a in enumerate(schema) if a.alias_info is not None and a.alias_info.is_write]
-        views = (
-            any(a.alias_info is not None and not a.alias_info.is_write for a in schema) or func in _ALIASES
-        )
-        if views and not written:
-            return self._view(func, args, kwargs)
-        symbolic = tree_map(self._operand, (args, kwargs))
-        if written and isinstance(symbolic[0][written[0]], Tensor):
-            before = [a.clone() if i == written[0] else a for i, a in enumerate(symbolic[0])]
-            symbolic = (tuple(before), symbolic[1])
-        result = func(*args, **kwargs)
+        symbolic = tree_map(self.read, (args, kwargs))
         if written:
-            self._write(func, args, kwargs, symbolic, written)
+            return self._write(func, args, kwargs, symbolic, written)
+        result = func(*args, **kwargs)
+        if not any(map(_is_value, tree_leaves(symbolic))):
+            return result
+        if func is aten._local_scalar_dense.default:
+            self.host_reads.append(self.module)
             return result
         values = self._record(func, symbolic[0], symbolic[1], result)
-        for tensor, value in zip(
-            tree_flatten(result)[0], values if isinstance(values, tuple) else [values], strict=True
-        ):
+        many = isinstance(result, (tuple, list))
+        for tensor, value in zip(result if many else [result], values if many else [values], strict=True):
             if isinstance(tensor, Tensor):
+                if self._root(tensor) is not None:
+                    raise self._fail(f"{name} returns the memory of its argument; clone it")
                 self._bind(tensor, value)
         return result
 
-    def _operand(self, a: Any) -> Any:
-        if not isinstance(a, Tensor):
-            return a
-        value = self.read(a)
-        return self._constant(a) if value is None else value
-
     def _view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        base = args[0] if isinstance(args[0], Tensor) else None
-        if base is None:
-            raise CaptureError(
-                f"{self.module or 'the model'}: {func.overloadpacket} of a list is not supported"
-            )
-        root = self._root(base)
-        assert root is not None
-        known = self._chains.get(base)
-        if known is None:
-            self.read(base)  # raises unless it is the whole
-            known = (root, ())
+        base = args[0] if args and isinstance(args[0], Tensor) else None
+        if base is None or kwargs:
+            tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+            if any(self._root(t) is not None for t in tensors):
+                raise self._fail(f"{func.overloadpacket} is not supported with these arguments")
+            return func(*args, **kwargs)
+        origin, steps = self._chains.get(base, (_geometry(base), ()))
+        if self._root(base) is not None:
+            self._steps(self._root(base), base)  # type: ignore[arg-type]  # raises unless the way is known
+        rank = base.dim()
         result = func(*args, **kwargs)
-        step = (func, args[1:], tuple(sorted(kwargs.items())))
-        if isinstance(result, (tuple, list)):
-            for i, tensor in enumerate(result):
-                self._chains[tensor] = (root, (*known[1], (_Pick(func, i), _hashable(args[1:]), step[2])))
-        elif func not in _ALIASES:
-            self._chains[result] = (root, (*known[1], (func, _hashable(args[1:]), step[2])))
-        else:
-            self._chains[result] = known
+        taken = steps_of(IN_PLACE.get(func, func), args[1:], result, rank)
+        if taken is None and self._root(base) is not None:
+            raise self._fail(f"{func.overloadpacket} is a view that is not supported")
+        parts = result if isinstance(result, (tuple, list)) else [result]
+        for i, tensor in enumerate(parts):
+            self._chains[tensor] = (origin, (*steps, *(taken[i : i + 1] if taken else ())))
         return result
 
-    def _write(self, func: Any, args: Any, kwargs: Any, symbolic: Any, written: list[int]) -> None:
-        if len(written) != 1 or written[0] >= len(args):
-            raise CaptureError(f"{self.module or 'the model'}: {func.overloadpacket} writes several tensors")
+    def _write(self, func: Any, args: Any, kwargs: Any, symbolic: Any, written: list[int]) -> Any:
+        name = name_of(func)
+        if len(written) != 1 or written[0] >= len(args) or not isinstance(args[written[0]], Tensor):
+            raise self._fail(f"{func.overloadpacket} writes several tensors, or into out=")
         target = args[written[0]]
+        operands = [a for i, a in enumerate(symbolic[0]) if i != written[0] or name not in _OVERWRITES]
+        live = any(map(_is_value, tree_leaves((operands, symbolic[1]))))
         root = self._root(target)
-        chain = self._chains.get(target, (None, ()))[1] if root is not None else ()
-        whole = not chain if root is not None else target.untyped_storage().nbytes() == target.nbytes
-        if not whole:
-            raise CaptureError(
-                f"{self.module or 'the model'}: {func.overloadpacket} writes in place into a part of a "
-                "tensor that depends on the input; write torch.cat or torch.nn.functional.pad instead"
-            )
-        value = self._record(func, symbolic[0], symbolic[1], target)
         if root is None:
-            self._bind(target, value)
+            if not live:
+                return func(*args, **kwargs)
+            root = self._constant_root(target)
+        steps = self._steps(root, target)
+        result = func(*args, **kwargs)
+        if not live:
+            part: Any = target.detach().clone()
+        elif name in _OVERWRITES:
+            part = symbolic[0][1]
+            if part.dtype != target.dtype:
+                part = self._record(aten._to_copy.default, (part,), {"dtype": target.dtype}, target)
+            if part.shape != target.shape:
+                part = self._apply(aten.expand.default, (part, list(target.shape)))
         else:
-            root.value = value
+            part = self._record(func, symbolic[0], symbolic[1], target)
+        self._replace(root, steps, part)
+        return result
 
+    def _constant_root(self, target: Tensor) -> _Root:
+        """A root of what ``target``, a constant so far, is a view of."""
+        (shape, stride, offset, dtype), _ = self._chains.get(target, (_geometry(target), ()))
+        whole = torch.empty(0, dtype=dtype, device=target.device)
+        whole.set_(target.untyped_storage(), offset, shape, stride)
+        root = _Root(target.untyped_storage(), _geometry(whole), whole.clone())
+        self._roots[root.storage._cdata] = root
+        return root
 
-class _Pick:
-    """Result ``index`` of a view operator with several, such as split."""
-
-    def __init__(self, func: Any, index: int) -> None:
-        self.func, self.index = func, index
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Pick) and (self.func, self.index) == (other.func, other.index)
-
-    def __hash__(self) -> int:
-        return hash((self.func, self.index))
-
-    @property
-    def overloadpacket(self) -> Any:
-        return self.func.overloadpacket
-
-
-def _hashable(args: Any) -> Any:
-    return tuple(_hashable(a) if isinstance(a, (list, tuple)) else a for a in args)
-
-
-def _meta(target: Any, value: Value, args: Any, kwargs: Any) -> Tensor:
-    base = torch.empty(value.shape, dtype=value.dtype, device="meta")
-    args = [list(a) if isinstance(a, tuple) else a for a in args]
-    if isinstance(target, _Pick):
-        return target.func(base, *args, **dict(kwargs))[target.index]
-    return target(base, *args, **dict(kwargs))
+    def _replace(self, root: _Root, steps: tuple[Step, ...], part: Value | Tensor) -> None:
+        """Give the part of a root at ``steps`` another value."""
+        before = root.value
+        if root.last is not None and root.last[0] == steps:  # a part that is written again
+            before = root.last[1]
+        if part is self._part(root, root.value, steps):
+            return
+        whole = part
+        for i in reversed(range(len(steps))):
+            outer = self._part(root, before, steps[:i])
+            way = undo(steps[i], tuple(outer.shape))
+            if way is None:
+                raise self._fail(
+                    f"writes in place into a view by {name_of(steps[i].target)} of a tensor that depends on "
+                    "the input; clone it first"
+                )
+            whole = self._apply(way.target, (*((outer, whole) if way.into else (whole,)), *way.args))
+        root.value = whole
+        root.last = (steps, before)
+        root.views[whole, steps] = part
 
 
 @contextmanager
@@ -288,13 +320,12 @@ def record(
     keywords: Mapping[str, Any] | None = None,
 ) -> Recording:
     """Run ``call(example, *arguments, **keywords)`` once and record what depends on ``example``."""
-    owned = {t.untyped_storage()._cdata: n for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    recorder = _Recorder(owned)
+    recorder = _Recorder()
     example = example.clone()
     with torch.no_grad(), _module_names(model, recorder), recorder:
         start = recorder.start(example)
         output = call(example, *arguments, **(keywords or {}))
-        symbolic = tree_map(lambda a: recorder._operand(a) if isinstance(a, Tensor) else a, output)
+        symbolic = tree_map(recorder.read, output)
     return Recording(start, recorder.calls, symbolic, recorder.host_reads)
 
 

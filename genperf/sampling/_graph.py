@@ -52,7 +52,9 @@ def capture(
     source = Input("the model's input", rows, cols, channels, "index" if index else "float")
     with torch.no_grad():
         state = lower(first, source, (*dims, *cells), classes)
-        output = state.syms[output_value(first)]
+        output = state.settled(state.syms[output_value(first)])
+        if isinstance(output, Tensor):
+            raise CaptureError("the model's output does not depend on its input")
         graph = Graph(source, state.nodes, state.ref(output))
     graph.prune()
     return graph

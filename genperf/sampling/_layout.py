@@ -1,8 +1,9 @@
 """Which cells and channels of a node each dimension of a recorded tensor runs over.
 
 A dimension is a list of *atoms*, outer first: the batch ``B``, rows ``Y``, columns ``X``, a run of
-channels ``C`` with a stride in the node, or the rows and columns of the keys of an attention, ``KY`` and
-``KX``. Views, permutations and slices rearrange atoms and move nothing. Atoms of size 1 are left out.
+channels ``C`` with a stride in the node, the rows and columns of the keys of an attention, ``KY`` and
+``KX``, or the taps ``T`` of unfolded windows. Views, permutations and slices rearrange atoms and move
+nothing. Atoms of size 1 are left out.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +40,14 @@ class LayoutError(Exception):
 
 @dataclass(frozen=True)
 class Sym:
-    """A recorded tensor: a node, the atoms of each dimension, its first channel and its window."""
+    """A recorded tensor: a node, the atoms of each dimension, its first channel and its window.
+
+    Subclasses are *deferred*: they stand for something that no node computes. They say what they become
+    when they are ``combined`` with another operand, ``masked``, or multiplied (``times``) with a matrix,
+    None meaning that they have to be ``settled`` into a layout over a node first.
+    """
+
+    deferred: ClassVar[bool] = False
 
     node: Node
     dims: tuple[Dim, ...]
@@ -56,6 +65,18 @@ class Sym:
     @property
     def channels(self) -> int:
         return math.prod(a.size for a in self.atoms if a.kind == "C")
+
+    def settled(self, state: Any) -> Sym:
+        return self
+
+    def combined(self, state: Any, a: Any, b: Any, op: Op) -> Sym | None:
+        return None
+
+    def masked(self, state: Any, mask: Tensor, value: float) -> Sym:
+        raise NotImplementedError
+
+    def times(self, state: Any, matrix: Tensor, out: Sym, bias: Any) -> Sym | None:
+        return None
 
     def size(self, kind: str) -> int:
         return math.prod(a.size for a in self.atoms if a.kind == kind)
@@ -107,10 +128,10 @@ def regroup(dims: Sequence[Dim], shape: Sequence[int]) -> tuple[Dim, ...]:
             if size % atom.size == 0:
                 dim.append(atom)
                 size //= atom.size
-            elif atom.kind == "C" and atom.size % size == 0:
+            elif atom.kind in ("C", "T") and atom.size % size == 0:
                 inner = atom.size // size
-                dim.append(Atom("C", size, atom.stride * inner))
-                atoms.insert(0, Atom("C", inner, atom.stride))
+                dim.append(Atom(atom.kind, size, atom.stride * inner))
+                atoms.insert(0, Atom(atom.kind, inner, atom.stride))
                 size = 1
             else:
                 raise LayoutError(
@@ -120,7 +141,15 @@ def regroup(dims: Sequence[Dim], shape: Sequence[int]) -> tuple[Dim, ...]:
     return tuple(out)
 
 
-_NAMES = {"B": "images", "Y": "rows", "X": "columns", "C": "channels", "KY": "key rows", "KX": "key columns"}
+_NAMES = {
+    "B": "images",
+    "Y": "rows",
+    "X": "columns",
+    "C": "channels",
+    "T": "taps of a window",
+    "KY": "key rows",
+    "KX": "key columns",
+}
 
 
 def merge(dim: Dim) -> Dim:
@@ -170,9 +199,13 @@ def pad_cells(sym: Sym, dim: int, kind: str, before: int, after: int) -> Sym:
     return replace(sym, dims=tuple(dims), window=shifted(sym, kind, -before))
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """float64 as it is, everything else as float32."""
+    return tensor.detach().to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
 def constant(tensor: Tensor, dims: Sequence[Dim]) -> Constant:
     """A constant tensor that is broadcast against dimensions ``dims``, as [B, rows, columns, channels]."""
-    tensor = tensor.detach()
     shape = [1] * (len(dims) - tensor.dim()) + list(tensor.shape)
     split: list[int] = []
     kinds: list[str] = []
@@ -180,7 +213,7 @@ def constant(tensor: Tensor, dims: Sequence[Dim]) -> Constant:
         for atom in dim:
             split.append(atom.size if size != 1 else 1)
             kinds.append(atom.kind)
-    tensor = tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32).reshape(split)
+    tensor = wide(tensor).reshape(split)
     order = [i for kind in ("B", "Y", "X", "C") for i, k in enumerate(kinds) if k == kind]
     if len(order) != len(kinds):
         raise LayoutError("combines attention scores with a constant in an unknown way")

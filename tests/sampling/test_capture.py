@@ -56,7 +56,7 @@ def test_families_are_causal_and_their_times_are_exact(family: str) -> None:
     assert (last == known).mean() > 0.9  # in a few cells all that comes through a tap may vanish
 
 
-@pytest.mark.parametrize("name", [n for n in idioms.CAUSAL if n != "overlapping_views"])
+@pytest.mark.parametrize("name", idioms.CAUSAL)
 def test_idioms_are_captured(name: str) -> None:
     tiny = idioms.idiom(name)
     graph = _captured(tiny)
@@ -66,14 +66,9 @@ def test_idioms_are_captured(name: str) -> None:
     assert (np.array(last) <= times.of(graph.output, graph.input.rows, graph.input.cols).ravel()).all()
 
 
-_CAUSAL_IDIOMS = [n for n in idioms.CAUSAL if n != "overlapping_views"]
-
-
-@pytest.mark.parametrize("name", [*models.FAMILIES, *_CAUSAL_IDIOMS])
+@pytest.mark.parametrize("name", [*models.FAMILIES, *idioms.CAUSAL])
 def test_graphs_compute_what_the_model_does(name: str) -> None:
-    if name == "gated_pixelcnn_rgb":
-        pytest.skip("adds in place into overlapping views, which the recorder refuses")
-    tiny = idioms.idiom(name) if name in _CAUSAL_IDIOMS else models.tiny_model(name)
+    tiny = idioms.idiom(name) if name in idioms.CAUSAL else models.tiny_model(name)
     graph = _captured(tiny)
     x = models.example(tiny, 2)
     with torch.no_grad():
@@ -104,7 +99,6 @@ def test_attention_with_an_empty_row_is_refused() -> None:
     [
         ("mean_of_the_map", "aten.mean.*reduction"),
         ("path_by_value", "depends on the values of its input"),
-        ("overlapping_views", "writes in place into a part"),
     ],
 )
 def test_what_cannot_run_by_pixel_is_named(name: str, why: str) -> None:

@@ -1,0 +1,232 @@
+"""Padding, concatenation, and writes into a part of a tensor.
+
+Along channels the parts stand side by side in a new node. Along rows and columns each part is read through
+a window, which gives 0 outside of it, and the parts are added: nothing that is left out can leak in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genperf.sampling import _layout
+from genperf.sampling._aten.layout import part as part_of
+from genperf.sampling._aten.registry import handles
+from genperf.sampling._ir import FAR, ConcatNode, Source, Window
+from genperf.sampling._layout import Atom, Dim, Sym
+from genperf.sampling._lower import Lowering
+from genperf.sampling._program import Op
+
+
+@handles("constant_pad_nd")
+def pad(state: Lowering, x: Sym, sizes: Sequence[int], value: float = 0.0) -> Any:
+    for i in range(len(sizes) // 2):
+        before, after = sizes[2 * i], sizes[2 * i + 1]
+        dim = len(x.dims) - 1 - i
+        if before == after == 0:
+            continue
+        kind = state.kind_of(x, dim)
+        if kind == "C":
+            x = _pad_channels(state, x, dim, before, after, value)
+        elif kind == "B":
+            raise state.fail("pads a dimension that is neither channels, rows nor columns")
+        else:
+            padded = _layout.pad_cells(x, dim, kind, before, after)
+            if value != 0 and (before > 0 or after > 0):
+                # x is 0 where the constant is not
+                border = torch.zeros([padded.shape[dim] if d == dim else 1 for d in range(len(x.dims))])
+                border.narrow(dim, 0, max(before, 0)).fill_(value)
+                border.narrow(dim, border.shape[dim] - max(after, 0), max(after, 0)).fill_(value)
+                padded = state.binary(padded, border, Op.ADD)
+            x = padded
+    return x
+
+
+def _pad_channels(state: Lowering, x: Sym, dim: int, before: int, after: int, value: float) -> Any:
+    size = x.shape[dim]
+    start, end = max(0, -before), size - max(0, -after)
+    parts: list[Sym | Tensor] = [part_of(state, x, dim, start, end - start)]
+    for count, at in ((before, 0), (after, 2)):
+        if count > 0:
+            shape = [count if d == dim else 1 for d in range(len(x.dims))]
+            parts.insert(at, torch.full(shape, float(value)).expand(*_with(x.shape, dim, count)))
+    return join(state, parts, dim, "C") if len(parts) > 1 else parts[0]
+
+
+def _with(shape: Sequence[int], dim: int, size: int) -> list[int]:
+    return [*shape[:dim], size, *shape[dim + 1 :]]
+
+
+@handles("cat")
+def cat(state: Lowering, tensors: Sequence[Sym | Tensor], dim: int = 0) -> Any:
+    rank = max(len(t.shape) for t in tensors)
+    dim = dim % rank
+    parts = [t for t in tensors if len(t.shape) == rank and t.shape[dim] > 0]
+    syms = [t for t in parts if isinstance(t, Sym)]
+    kinds = {a.kind for s in syms for a in s.dims[dim]} or {state.kind_of(syms[0], dim)}
+    if len(kinds) > 1:
+        raise state.fail("concatenates tensors whose dimensions mean different things")
+    return join(state, parts, dim, kinds.pop())
+
+
+@handles("stack")
+def stack(state: Lowering, tensors: Sequence[Sym | Tensor], dim: int = 0) -> Any:
+    dim = dim % (len(tensors[0].shape) + 1)
+    return join(state, [_unsqueeze(t, dim) for t in tensors], dim, "C")
+
+
+def _unsqueeze(x: Sym | Tensor, dim: int) -> Sym | Tensor:
+    if isinstance(x, Tensor):
+        return x.unsqueeze(dim)
+    return replace(x, dims=(*x.dims[:dim], (), *x.dims[dim:]))
+
+
+@handles("roll")
+def roll(state: Lowering, x: Sym, shifts: Sequence[int], dims: Sequence[int] = ()) -> Any:
+    if len(dims) != len(shifts):
+        raise state.fail("rolls a flattened tensor; name the dimension")
+    for shift, dim in zip(shifts, dims, strict=True):
+        dim = dim % len(x.dims)
+        size = x.shape[dim]
+        cut = size - shift % size
+        if cut < size:
+            parts = [part_of(state, x, dim, cut, size - cut), part_of(state, x, dim, 0, cut)]
+            x = join(state, parts, dim, state.kind_of(x, dim))
+    return x
+
+
+def join(state: Lowering, parts: Sequence[Sym | Tensor], dim: int, kind: str) -> Any:
+    """Parts one after another along a dimension of that kind."""
+    if len(parts) == 1:
+        return parts[0]
+    if kind == "C":
+        return _join_channels(state, parts, dim)
+    if kind not in ("Y", "X"):
+        raise state.fail("concatenates along a dimension that is neither channels, rows nor columns")
+    total = sum(t.shape[dim] for t in parts)
+    whole: Any = None
+    constant: Tensor | None = None
+    at = 0
+    for t in parts:
+        after = total - at - t.shape[dim]
+        if isinstance(t, Sym):
+            padded = _layout.pad_cells(t, dim, kind, at, after)
+            whole = padded if whole is None else state.binary(whole, padded, Op.ADD)
+        elif bool(t.any()):
+            padding = (0, 0) * (t.dim() - 1 - dim) + (at, after)
+            padded_t = torch.nn.functional.pad(t, padding)
+            constant = padded_t if constant is None else constant + padded_t
+        at += t.shape[dim]
+    return whole if constant is None else state.binary(whole, constant, Op.ADD)
+
+
+def _join_channels(state: Lowering, parts: Sequence[Sym | Tensor], dim: int) -> Sym:
+    # with the dimension first, the parts of its channels are runs, whatever channels other dimensions have
+    template = next(t for t in parts if isinstance(t, Sym))
+    others = (*template.dims[:dim], *template.dims[dim + 1 :])
+    sources: list[tuple[Source, int]] = []
+    inner = Sym(template.node, others).channels
+    for t in parts:
+        size = t.shape[dim]
+        if isinstance(t, Sym):
+            front = replace(t, dims=(t.dims[dim], *t.dims[:dim], *t.dims[dim + 1 :]))
+            sources.append((state.ref(front), size * inner))
+        else:
+            first: Dim = (Atom("C", size, 1),) if size > 1 else ()
+            sources.append((_layout.constant(t.movedim(dim, 0), (first, *others)), size * inner))
+    total = sum(t.shape[dim] for t in parts)
+    joined = Sym(template.node, ((Atom("C", total, 1),) if total > 1 else (), *others))
+    joined = state.finished(joined, ConcatNode, sources)
+    return replace(joined, dims=(*joined.dims[1 : dim + 1], joined.dims[0], *joined.dims[dim + 1 :]))
+
+
+# writes into a part
+
+
+@handles("slice_scatter")
+def slice_scatter(
+    state: Lowering, whole: Any, part: Any, dim: int = 0, start: int | None = None, end: int | None = None,
+    step: int = 1,
+) -> Any:  # fmt: skip
+    rank = len(whole.shape)
+    dim = dim % rank
+    first, last, step = slice(start, end, step).indices(whole.shape[dim])
+    count = part.shape[dim]
+    if count == whole.shape[dim]:
+        return part
+    if isinstance(whole, Sym) and len({a.kind for a in whole.dims[dim]}) > 1:
+        return _write_cells(state, whole, part, dim, first, last, step)
+    kind = _kind(state, whole, part, dim)
+    if step != 1 and kind != "C":
+        raise state.fail("writes into every second row or column of a tensor that depends on the input")
+    pieces = [_piece(state, whole, dim, 0, first)]
+    if step == 1:
+        pieces += [part, _piece(state, whole, dim, last, whole.shape[dim])]
+    else:
+        for i in range(count):
+            end = first + (i + 1) * step if i + 1 < count else whole.shape[dim]
+            pieces += [
+                _piece(state, part, dim, i, i + 1),
+                _piece(state, whole, dim, first + i * step + 1, end),
+            ]
+    return join(state, [p for p in pieces if p.shape[dim] > 0], dim, kind)
+
+
+@handles("select_scatter")
+def select_scatter(state: Lowering, whole: Any, part: Any, dim: int, index: int) -> Any:
+    dim = dim % len(whole.shape)
+    index = index % whole.shape[dim]
+    return slice_scatter(state, whole, _unsqueeze(part, dim), dim, index, index + 1)
+
+
+def _kind(state: Lowering, whole: Any, part: Any, dim: int) -> str:
+    known = {a.kind for t in (whole, part) if isinstance(t, Sym) for a in t.dims[dim]}
+    if len(known) > 1:
+        raise state.fail("writes into a dimension that means something else than what is written")
+    return known.pop() if known else state.kind_of(part, dim)
+
+
+def _piece(state: Lowering, x: Any, dim: int, start: int, end: int) -> Any:
+    end = max(start, end)
+    if isinstance(x, Tensor) or start == end:
+        size = end - start
+        return x.narrow(dim, start, size) if isinstance(x, Tensor) else torch.empty(_with(x.shape, dim, size))
+    return part_of(state, x, dim, start, end - start)
+
+
+def _write_cells(state: Lowering, whole: Sym, part: Any, dim: int, start: int, end: int, step: int) -> Any:
+    """Constants written to a run of cells of an image that is flattened to a sequence, such as the first."""
+    if [a.kind for a in whole.dims[dim]] != ["Y", "X"] or step != 1 or isinstance(part, Sym):
+        raise state.fail(
+            "writes into a part of several merged dimensions; of flattened rows and columns, a run of cells "
+            "can be set to constants"
+        )
+    cols = whole.size("X")
+    cells = whole.shape[dim]
+    kept: Any = None
+    for y0, y1, x0, x1 in (*rectangles(0, start, cols), *rectangles(end, cells, cols)):
+        inside = replace(whole, window=whole.own_window.then(Window(0, 0, y0, y1, x0, x1)))
+        kept = inside if kept is None else state.binary(kept, inside, Op.ADD)
+    written = torch.zeros(_with(part.shape, dim, cells), dtype=part.dtype)
+    written.narrow(dim, start, end - start).copy_(part)
+    return kept if not bool(written.any()) else state.binary(kept, written, Op.ADD)
+
+
+def rectangles(start: int, end: int, cols: int) -> list[tuple[int, int, int, int]]:
+    """(y0, y1, x0, x1) of at most three rectangles that make up cells start to end in raster order."""
+    found = []
+    while start < end:
+        y, x = divmod(start, cols)
+        rows = (end - start) // cols if x == 0 else 0
+        if rows:
+            found.append((y, y + rows, 0, FAR))
+            start += rows * cols
+        else:
+            stop = min(end, (y + 1) * cols)
+            found.append((y, y + 1, x, x + stop - start))
+            start = stop
+    return found

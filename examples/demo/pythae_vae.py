@@ -32,7 +32,7 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
 
 def run(output: Path) -> Outcome:
     outcome = Outcome(TITLE)
-    images = digits()
+    images, _ = digits()
     training, unseen = images[:-197], images[-197:]
     generator = torch.Generator().manual_seed(0)
 

@@ -64,12 +64,20 @@ class State:
 
 
 class ReferenceExecutor:
-    """Runs a program with torch, in float32 or float64, on any device."""
+    """Runs a program with torch, in float32 or float64, on any device.
+
+    ``draw`` replaces :func:`genperf.sampling.heads.draw`.
+    """
 
     def __init__(
-        self, program: Program, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        program: Program,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        draw: Callable[..., Tensor] = draw,
     ) -> None:
         self.program = program
+        self._draw = draw
         self.device = torch.device(device)
         self.dtype = dtype
         self._weights = [w.to(self.device, dtype) for w in program.weights]
@@ -124,7 +132,7 @@ class ReferenceExecutor:
                 assert noise is not None
                 pixel_known = None if known is None else (known[0][:, y, x], known[1][:, y, x])
                 params = self.params(state, slot)
-                values = draw(head, params, noise[:, y, x], temperature, top_k, d, pixel_known)
+                values = self._draw(head, params, noise[:, y, x], temperature, top_k, d, pixel_known)
                 self._feed(state, y, x, d, values)
 
     def params(self, state: State, slot: int) -> Tensor:

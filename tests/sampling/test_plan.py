@@ -16,8 +16,7 @@ from genperf.sampling._reference import ReferenceExecutor
 from genperf.sampling._schedule import NEVER, runs_of
 from genperf.sampling._simplify import simplify
 
-REFUSED = {"gated_pixelcnn_rgb", "overlapping_views"}
-NAMES = [n for n in (*models.FAMILIES, *idioms.CAUSAL) if n not in REFUSED]
+NAMES = [*models.FAMILIES, *idioms.CAUSAL]
 
 
 def _tiny(name: str) -> models.TinyModel:

@@ -291,6 +291,17 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextmanager
+def _plain_attention() -> Iterator[None]:
+    """nn.MultiheadAttention as its separate operations also in eval mode."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
 def _module_names(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     """Let the recorder know which submodule runs."""
     names = {id(m): n for n, m in model.named_modules()}
@@ -322,7 +333,7 @@ def record(
     """Run ``call(example, *arguments, **keywords)`` once and record what depends on ``example``."""
     recorder = _Recorder()
     example = example.clone()
-    with torch.no_grad(), _module_names(model, recorder), recorder:
+    with torch.no_grad(), _plain_attention(), _module_names(model, recorder), recorder:
         start = recorder.start(example)
         output = call(example, *arguments, **(keywords or {}))
         symbolic = tree_map(recorder.read, output)

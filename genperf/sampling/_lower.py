@@ -42,6 +42,12 @@ class Lowering:
         assert self.call is not None
         return str(self.call.target.overloadpacket).removeprefix("aten.").rstrip("_")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the recorded result."""
+        assert self.call is not None
+        return next(r.dtype for r in self.call.results if r is not None)
+
     def fail(self, why: str) -> CaptureError:
         return CaptureError(f"{self.name}: {why}")
 
@@ -100,7 +106,7 @@ class Lowering:
             return self._with_number(a, b, op)
         for constant in (a, b):
             if op == Op.MUL and isinstance(constant, Tensor) and not bool(constant.any()):
-                return torch.zeros(torch.broadcast_shapes(a.shape, b.shape), dtype=constant.dtype)
+                return torch.zeros(torch.broadcast_shapes(a.shape, b.shape), dtype=self.dtype)
         dims = self._common_dims(a, b)
         template = Sym(self.nodes[0], dims)
         sources = [self._source(s, dims, template) for s in (a, b)]
@@ -114,14 +120,14 @@ class Lowering:
         if op == Op.SUB:
             return self.unary(x, Op.AFFINE, -1.0, c) if swapped else self.unary(x, Op.AFFINE, 1.0, -c)
         if op == Op.MUL and c == 0:  # so that it depends on nothing
-            return torch.zeros(x.shape)
+            return torch.zeros(x.shape, dtype=self.dtype)
         if op == Op.MUL:
             return self.unary(x, Op.AFFINE, c, 0.0)
-        if op == Op.DIV and not swapped:
+        if op == Op.DIV and not swapped and c != 0:
             return self.unary(x, Op.AFFINE, 1.0 / c, 0.0)
-        if op == Op.DIV:
+        if op == Op.DIV and swapped:
             return self.unary(self.unary(x, Op.RECIPROCAL), Op.AFFINE, c, 0.0)
-        filled = torch.full((1,) * len(x.shape), c)
+        filled = torch.full((1,) * len(x.shape), c, dtype=self.dtype)
         return self.binary(filled, x, op) if swapped else self.binary(x, filled, op)
 
     def _common_dims(self, a: Any, b: Any) -> tuple[Dim, ...]:

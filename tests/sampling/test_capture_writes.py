@@ -1,7 +1,5 @@
 """In-place writes into parts of tensors, as models write them: every other view of the tensor sees them."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from genperf_testing import layers
@@ -10,8 +8,6 @@ from torch.nn import functional as F
 
 from genperf.sampling._errors import CaptureError, CausalityError
 from genperf.sampling._verify import check_causal, when_known
-
-Body = Callable[[Tensor], Tensor]
 
 
 def _halves(y: Tensor) -> Tensor:
@@ -147,7 +143,7 @@ def _overwritten(y: Tensor) -> Tensor:
     return out * y
 
 
-_CAUSAL: dict[str, Body] = {
+_CAUSAL: dict[str, layers.Body] = {
     "halves": _halves,
     "first row and column": _first_row_and_column,
     "shift by addition": _shift_by_addition,
@@ -189,7 +185,7 @@ def _from_the_next_pixel(y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("body", [_from_the_row_below, _from_the_next_pixel])
-def test_writes_that_bring_the_future_are_refused(body: Body) -> None:
+def test_writes_that_bring_the_future_are_refused(body: layers.Body) -> None:
     graph = layers.captured(layers.Around(body))
     with pytest.raises(CausalityError, match="looks at the future"):
         check_causal(graph, when_known(graph))
@@ -254,7 +250,7 @@ def _outside_of_torch(y: Tensor) -> Tensor:
         (_outside_of_torch, "depends on the values of its input"),
     ],
 )
-def test_writes_without_an_incremental_form_are_named(body: Body, why: str) -> None:
+def test_writes_without_an_incremental_form_are_named(body: layers.Body, why: str) -> None:
     with pytest.raises(CaptureError, match=why):
         layers.captured(layers.Around(body))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from genperf.sampling import _layout
 from genperf.sampling._aten.registry import handles
-from genperf.sampling._ir import ConvNode
+from genperf.sampling._ir import ConvNode, Ref
 from genperf.sampling._layout import Atom, Dim, Sym, wide
 from genperf.sampling._lower import Lowering
 
@@ -50,7 +51,17 @@ def convolution(
     packed = torch.stack(kernels) if kernels else weight.new_zeros(0, x.channels, weight.shape[0])
     init = None if bias is None else _layout.constant(bias.view(-1, *[1] * spatial), out.dims)
     num, den = (1, step) if transposed else (step, 1)
-    return state.finished(out, ConvNode, state.ref(x), taps, wide(packed), init, num, den)
+    source = state.ref(x)
+    if den == 1:
+        source, taps = at_the_cell(source, taps)
+    return state.finished(out, ConvNode, source, taps, wide(packed), init, num, den)
+
+
+def at_the_cell(source: Ref, taps: list[tuple[int, int]]) -> tuple[Ref, list[tuple[int, int]]]:
+    """The same taps relative to the cell itself, with the offset of the source's window in them."""
+    w = source.window
+    window = replace(w, dy=0, dx=0)
+    return replace(source, window=window), [(dy + w.dy, dx + w.dx) for dy, dx in taps]
 
 
 def _image_dims(x: Sym, channels: int, kinds: Sequence[str], sizes: Sequence[int]) -> tuple[Dim, ...]:

@@ -38,7 +38,8 @@ def pad(state: Lowering, x: Sym, sizes: Sequence[int], value: float = 0.0) -> An
             padded = _layout.pad_cells(x, dim, kind, before, after)
             if value != 0 and (before > 0 or after > 0):
                 # x is 0 where the constant is not
-                border = torch.zeros([padded.shape[dim] if d == dim else 1 for d in range(len(x.dims))])
+                shape = [padded.shape[dim] if d == dim else 1 for d in range(len(x.dims))]
+                border = torch.zeros(shape, dtype=state.dtype)
                 border.narrow(dim, 0, max(before, 0)).fill_(value)
                 border.narrow(dim, border.shape[dim] - max(after, 0), max(after, 0)).fill_(value)
                 padded = state.binary(padded, border, Op.ADD)
@@ -53,7 +54,9 @@ def _pad_channels(state: Lowering, x: Sym, dim: int, before: int, after: int, va
     for count, at in ((before, 0), (after, 2)):
         if count > 0:
             shape = [count if d == dim else 1 for d in range(len(x.dims))]
-            parts.insert(at, torch.full(shape, float(value)).expand(*_with(x.shape, dim, count)))
+            parts.insert(
+                at, torch.full(shape, float(value), dtype=state.dtype).expand(*_with(x.shape, dim, count))
+            )
     return join(state, parts, dim, "C") if len(parts) > 1 else parts[0]
 
 

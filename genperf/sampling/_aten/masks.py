@@ -54,7 +54,7 @@ def filled(state: Lowering, x: Sym, mask: Tensor, value: float) -> Any:
         window = _kept_window(x, keep)
         if window is not None:
             return replace(x, window=x.own_window.then(window))
-    zeros = torch.zeros(keep.shape)
+    zeros = torch.zeros(keep.shape, dtype=state.dtype)
     low = zeros.masked_fill(keep, -math.inf).masked_fill(mask, value)
     high = zeros.masked_fill(keep, math.inf).masked_fill(mask, value)
     return state.binary(state.binary(x, high, Op.MINIMUM), low, Op.MAXIMUM)

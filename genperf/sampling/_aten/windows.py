@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from genperf.sampling import _layout
+from genperf.sampling._aten.convolution import at_the_cell
 from genperf.sampling._aten.layout import dim_of
 from genperf.sampling._aten.masks import filled
 from genperf.sampling._aten.registry import handles
@@ -139,8 +140,8 @@ class Unfolded(Sym):
         for window, taps in groups.items():
             if taps:
                 stacked = torch.stack([w for _, w in taps])
-                ref = replace(source, window=window)
-                result = state.finished(out, ConvNode, ref, [t for t, _ in taps], stacked, init)
+                ref, offsets = at_the_cell(replace(source, window=window), [t for t, _ in taps])
+                result = state.finished(out, ConvNode, ref, offsets, stacked, init)
                 init = state.ref(result)
         for maps, window, w in varied:
             shifted = replace(source, window=window)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from genperf.nn import autoregressive as ar
 from genperf.sampling._graph import capture
 from genperf.sampling._ir import Graph
+from genperf.sampling._verify import check_causal, when_known
 from genperf_testing import graphs
 from genperf_testing.models import randomise
 
 SHAPE = (5, 6)  # rows, columns
+Body = Callable[[Tensor], Tensor]
 
 
 class Around(nn.Module):
@@ -22,7 +24,7 @@ class Around(nn.Module):
     The body gets [B, 8, 5, 6] of about unit size.
     """
 
-    def __init__(self, body: Callable[[Tensor], Tensor], channels: int = 1) -> None:
+    def __init__(self, body: Body, channels: int = 1) -> None:
         super().__init__()
         self.first = ar.MaskedConv2d(channels, 8, 3, mask_type="A")
         self.body = body
@@ -50,3 +52,11 @@ def assert_same(graph: Graph, model: nn.Module, channels: int = 1, tolerance: fl
     assert out.std() > 0.05  # nothing is shown by constants
     got = graphs.evaluate(graph, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     torch.testing.assert_close(got.reshape(out.shape), out, rtol=tolerance, atol=tolerance)
+
+
+def check(body: Body) -> None:
+    """A model with this body is causal, and its graph computes the same."""
+    model = Around(body)
+    graph = captured(model)
+    check_causal(graph, when_known(graph))
+    assert_same(graph, model)

@@ -1,0 +1,141 @@
+"""The user's model from outside: called without a trace, and told apart from what it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from genperf.sampling._errors import CaptureError
+
+_COLUMNS = 509  # a prime, so that an exchange of channels, or of taps, moves values to other columns
+
+
+class Adapted(nn.Module):
+    """``model`` behind a change of its first argument; modules and parameters keep their names."""
+
+    def __init__(self, model: nn.Module, adapt: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        object.__setattr__(self, "inner", model)
+        self.adapt = adapt
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(self.adapt(x), *args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.named_modules(*args, **kwargs)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.named_buffers(*args, **kwargs)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module itself, without ``torch.compile``, DataParallel or DistributedDataParallel around it."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, each once."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((t.device for _, t in tensors(model)), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the floats that the model takes and gives."""
+    return next((t.dtype for _, t in tensors(model) if t.is_floating_point()), torch.get_default_dtype())
+
+
+def check_mode(model: nn.Module) -> None:
+    """Raise CaptureError where training mode changes what a module computes.
+
+    A model in training mode that has no such module is fine. Dropout by a function is found when the
+    forward is recorded.
+    """
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            what = "draws random numbers"
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            what = "looks at the whole batch"
+        else:
+            continue
+        raise CaptureError(
+            f"{name or 'the model'}: {type(module).__name__} in training mode {what}; call model.eval() first"
+        )
+
+
+@contextmanager
+def preserved(model: nn.Module, values: bool = True) -> Iterator[None]:
+    """Undoes what a forward changes: parameters and buffers, attributes of modules, torch's random state.
+
+    Args:
+        values: False leaves the values of parameters and buffers, as for a later backward pass.
+    """
+    attributes = [
+        (m, dict(m.__dict__), {k: copy.copy(v) for k, v in m.__dict__.items() if isinstance(v, (dict, list))})
+        for m in model.modules()
+    ]
+    saved = [(t, t.detach().clone()) for _, t in tensors(model)] if values else []
+    devices = {t.device.index or 0 for _, t in tensors(model) if t.is_cuda}
+    with torch.random.fork_rng(sorted(devices)):
+        try:
+            yield
+        finally:
+            for module, own, containers in attributes:
+                module.__dict__.clear()
+                module.__dict__.update(own)
+                for name, before in containers.items():
+                    container = own[name]
+                    container.clear()
+                    container.extend(before) if isinstance(container, list) else container.update(before)
+            with torch.no_grad():
+                for tensor, before in saved:
+                    if not torch.equal(tensor, before):
+                        tensor.data.copy_(before)
+
+
+def fingerprint(model: nn.Module) -> Any:
+    """Compares equal as long as no parameter or buffer was replaced, written to or moved.
+
+    Writes through ``.data`` are seen too, by sums over the bits.
+    """
+    facts, sums = [], []
+    for name, tensor in tensors(model):
+        version = 0 if tensor.is_inference() else tensor._version
+        facts.append((name, tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape)))
+        if tensor.layout is not torch.strided:
+            continue
+        flat = tensor.detach().contiguous().reshape(-1)
+        octets = (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(torch.uint8)
+        octets = octets.clone() if octets.storage_offset() % 8 else octets
+        words = octets[: len(octets) // 8 * 8].view(torch.int64)
+        whole = len(words) // _COLUMNS * _COLUMNS
+        sums += [words[:whole].view(-1, _COLUMNS).sum(0), words[whole:], octets[len(words) * 8 :].long()]
+    bits = b"".join(s.cpu().numpy().tobytes() for s in sums)
+    return facts, bits
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The tensor that a model's output begins with."""
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    raise CaptureError("the model's output has no tensor of floats")

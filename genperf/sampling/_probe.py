@@ -1,0 +1,128 @@
+"""Numeric checks of a compiled model: that it looks at no future value, and that the program computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genperf.sampling._errors import CaptureError, CausalityError
+from genperf.sampling._interface import Interface
+from genperf.sampling._program import HeadKind
+
+POSITIONS = 5  # at which the future is perturbed
+_DEAD = 1e-4  # of the largest parameter: what rounding leaves of a change that must have no effect
+_WRONG = 1e-3
+
+
+def perturbed(interface: Interface, values: Tensor, slot: int) -> Tensor:
+    """``values`` [B, rows, cols, V] with others from draw ``slot`` on."""
+    draws = interface.head.draws
+    first = slot * (interface.head.values // draws)
+    out = values.flatten(1).clone()
+    future = out[:, first:]
+    if interface.classes is not None:
+        future.copy_((future + 1) % interface.classes)
+    elif interface.head.kind == HeadKind.LOGISTIC_MIXTURE:
+        future.copy_(torch.where(future > 0, future - 0.7, future + 0.7))
+    elif interface.feedback == "index":
+        future.copy_(1 - future)
+    else:
+        future.copy_(future + 1.3)
+    return out.view_as(values)
+
+
+def check_future(interface: Interface, call: Callable[[Tensor], Any], parameters: int) -> None:
+    """Change everything from some draws on, and see what the model gives for these draws and those before.
+
+    Args:
+        call: takes values [2, rows, cols, V] and gives the model's output.
+
+    Raises:
+        CausalityError: if anything changes.
+    """
+    head = interface.head
+    slots = interface.rows * interface.cols * head.draws
+    values = interface.random_values(2, seed=3)[:1]
+    picked = torch.linspace(0, slots - 1, min(POSITIONS, slots)).long().tolist()
+    for slot in picked:
+        output = call(torch.cat([values, perturbed(interface, values, slot)]))
+        for params in interface.parameters(output, 2).values():
+            change = (params[0] - params[1]).abs().float()  # [P, cells]
+            pixel, draw = divmod(slot, head.draws)
+            seen = change[:, :pixel].max().item() if pixel else 0.0
+            for d in range(draw + 1):
+                channels = interface.read_by_draw(d, parameters)
+                seen = max([seen, *change[channels, pixel].tolist()])
+            if not seen > _DEAD * max(1.0, params.abs().max().item()):
+                break
+        else:
+            y, x = divmod(pixel, interface.cols)
+            raise CausalityError(
+                f"the model's output at pixel ({y}, {x}) or before it changes by {seen:.3g} when "
+                f"{'later channels of it and ' if draw else ''}later pixels change, though its operations do "
+                "not show it: it looks at the future in a way that the recording missed"
+            )
+
+
+def forced_parameters(executor: Any, values: Tensor, parameters: int) -> Tensor:
+    """The program's parameters [P, cells] of one image that is given: values [1, rows, cols, V]."""
+    program = executor.program
+    head = program.head
+    state = executor.start(1)
+    noise = torch.full((1, head.rows, head.cols, head.noises), 0.5)
+    known = (values, torch.ones_like(values, dtype=torch.bool))
+    found = torch.full((program.slots, parameters), torch.nan)
+    for slot in range(program.slots):
+        if head.kind == HeadKind.CALLBACK:
+            executor.run(state, slot, slot + 1, None)
+        else:
+            executor.run(state, slot, slot + 1, noise, known=known)
+        found[slot] = executor.params(state, slot)[0, :parameters].float().cpu()
+        if head.kind == HeadKind.CALLBACK:
+            pixel, draw = divmod(slot, head.draws)
+            executor.feed(state, slot, values[:, pixel // head.cols, pixel % head.cols, draw])
+    return found
+
+
+def compare(
+    interface: Interface, executor: Any, call: Callable[[Tensor], Any], parameters: int
+) -> tuple[float, bool]:
+    """The largest difference between the program's parameters and the model's, and whether the model's
+    output has its channels last.
+
+    Raises:
+        CaptureError: if it is more than rounding.
+    """
+    head = interface.head
+    values = interface.random_values(2, seed=4)
+    output = call(values)
+    own = forced_parameters(executor, values[:1], parameters)
+    found = {}
+    for last, params in interface.parameters(output, 2).items():
+        error = 0.0
+        for draw in range(head.draws):
+            channels = interface.read_by_draw(draw, parameters)
+            if channels:
+                wanted = params[0, channels].T.float().cpu()  # [cells, channels]
+                error = max(error, _distance(own[draw :: head.draws, channels], wanted))
+        found[last] = error, params
+    last = min(found, key=lambda way: (found[way][0], way))
+    error, params = found[last]
+    scale = max(1.0, params.abs().nan_to_num(0.0, 0.0).max().item())
+    allowed = max(_WRONG, 30 * torch.finfo(params.dtype).eps) * scale
+    if not error <= allowed:
+        raise CaptureError(
+            f"the program's parameters differ from the model's by {error:.3g}, of {scale:.3g} at most; "
+            f"expected {allowed:.3g}. This is a fault of the capture, not of the model; please report it with "
+            "the model"
+        )
+    return error, last
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference; infinities and NaN in the same places are none."""
+    same = (a == b) | (a.isnan() & b.isnan())
+    return (a - b).masked_fill(same, 0.0).abs().nan_to_num(torch.inf).max().item()

@@ -1,7 +1,8 @@
 """Kernels that make the classic generative models fast without changing them.
 
-``genperf.accelerate(model)`` speeds up a model in place; ``genperf.ops`` has the operators,
-``genperf.nn`` the modules; ``python -m genperf`` tells what this machine can run.
+``genperf.accelerate(model)`` speeds up a model in place; ``genperf.sampling`` draws from autoregressive
+models; ``genperf.ops`` has the operators, ``genperf.nn`` the modules; ``python -m genperf`` tells what
+this machine can run.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from genperf import nn, ops
+    from genperf import nn, ops, sampling
     from genperf._backend import backend, cpu_isa, cpu_isas
     from genperf._op import explain
     from genperf.accelerate import accelerate
 
-__all__ = ["accelerate", "backend", "cpu_isa", "cpu_isas", "explain", "nn", "ops"]
+__all__ = ["accelerate", "backend", "cpu_isa", "cpu_isas", "explain", "nn", "ops", "sampling"]
 
 _HOME = {
     "backend": "genperf._backend",

@@ -15,10 +15,10 @@ from genperf.sampling._program import Head, HeadKind
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = (shape,) if isinstance(shape, Integral) else tuple(shape)
-    if not 1 <= len(sizes) <= 3 or not all(isinstance(s, Integral) and s >= 1 for s in sizes):
+    sizes = tuple(shape) if isinstance(shape, (tuple, list)) else ()
+    if not 1 <= len(sizes) <= 3 or not all(isinstance(s, int) and s >= 1 for s in sizes):
         raise ValueError(f"compile: shape is {shape!r}, expected (T,), (H, W) or (C, H, W)")
-    return tuple(int(s) for s in sizes)
+    return sizes
 
 
 def check_batch(batch: int) -> int:
@@ -104,8 +104,8 @@ def check_prefix(interface: Interface, batch: int, prefix: Any) -> tuple[Tensor,
         mask = known.broadcast_to(shape)
     except RuntimeError:
         raise ValueError(
-            f"sample: what is known of prefix has shape {tuple(known.shape)}, expected one that broadcasts to "
-            f"{shape}"
+            f"sample: what is known of prefix has shape {tuple(known.shape)}, expected one that "
+            f"broadcasts to {shape}"
         ) from None
     values = values.expand(shape).float()
     wrong, expected = interface.wrong_values(values)
@@ -144,7 +144,8 @@ def fitting_cond(
     cond = check_cond(where, own if given is None else given)
     if cond.keys() != own.keys():
         raise ValueError(
-            f"{where}: cond has {sorted(cond) or 'nothing'}, expected {sorted(own) or 'nothing'} as in compile"
+            f"{where}: cond has {sorted(cond) or 'nothing'}, expected {sorted(own) or 'nothing'} as in "
+            "compile"
         )
     for name, tensor in cond.items():
         if tensor.shape[1:] != own[name].shape[1:] or len(tensor) not in (1, batch):

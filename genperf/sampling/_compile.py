@@ -18,7 +18,8 @@ from genperf.sampling._interface import Interface, find_feedback, find_head
 from genperf.sampling._ir import EmbedNode, Graph, Ref
 from genperf.sampling._model import check_mode, device_of, first_tensor, preserved, unwrapped
 from genperf.sampling._plan import plan
-from genperf.sampling._sampler import Recorded, Sampler, expanded
+from genperf.sampling._recorded import Recorded, expanded
+from genperf.sampling._sampler import Sampler
 from genperf.sampling.heads import Description
 
 
@@ -109,7 +110,7 @@ def _interface(
             head = find_head(first_tensor(call(example)), shape)
         else:
             raise ValueError(
-                "compile: head is None, expected one of genperf.sampling.heads for a model that takes floats: "
+                "compile: head is None, expected one of genperf.sampling.heads for a model of floats: "
                 "Categorical(256), Categorical(256, channels=3), LogisticMixture(10), Bernoulli(), Gaussian()"
             )
     interface = Interface(shape, head, found)
@@ -119,8 +120,8 @@ def _interface(
     (params, *_) = interface.parameters(output, 2).values()
     if head.parameters not in (None, params.shape[1]):
         raise ValueError(
-            f"compile: the model's output has shape {tuple(first_tensor(output).shape)}, with {params.shape[1]} "
-            f"parameters a pixel, but head {head} reads {head.parameters}"
+            f"compile: the model's output has shape {tuple(first_tensor(output).shape)}, with "
+            f"{params.shape[1]} parameters a pixel, but head {head} reads {head.parameters}"
         )
     return interface, params.shape[1]
 

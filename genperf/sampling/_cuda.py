@@ -154,7 +154,11 @@ class CUDAExecutor:
         head = self.program.head
         operand = self.program.operands[head.params]
         y, x = divmod(slot // head.draws, head.cols)
-        return self._cell(state, operand.index, y + operand.dy, x + operand.dx)[:, operand.channel :]
+        y, x = y + operand.dy, x + operand.dx
+        if not (operand.y0 <= y < operand.y1 and operand.x0 <= x < operand.x1):
+            channels = self.program.buffers[operand.index].channels - operand.channel
+            return state.values.new_zeros(state.batch, channels)
+        return self._cell(state, operand.index, y, x)[:, operand.channel :]
 
     def feed(self, state: CUDAState, slot: int, value: Tensor) -> None:
         """Takes ``value`` [B] as what was drawn in this slot."""

@@ -10,9 +10,10 @@ import torch
 from genperf.sampling._program import Attention, Conv, HeadKind, Pointwise, Program
 
 _ROLES = {
-    "row": "once a row, as matrix products",
-    "prefetch": "old taps of the row, before they are needed",
-    "critical": "between one draw and the next",
+    "row": "several cells of a row at once",
+    "ahead": "taps that are known a row before the rest",
+    "prefetch": "a cell a pixel, known before the draw",
+    "pixel": "a cell a pixel, between one draw and the next",
 }
 _MOST = 12
 
@@ -70,15 +71,7 @@ def explain(
         for role, work in [*by_role.items(), ("all", total)]
         if role == "all" or work.instructions
     ]
-    columns = (
-        "runs",
-        "",
-        "instructions",
-        "runs a pixel",
-        "cells a pixel",
-        "kflop a pixel",
-        "weight KiB a pixel",
-    )
+    columns = ("role", "", "instructions", "runs/pixel", "cells/pixel", "kflop/pixel", "weight KiB/pixel")
     slots = f"{program.slots} slots: {head.rows} x {head.cols} pixels" + (
         f" of {head.draws} draws" if head.draws > 1 else ""
     )

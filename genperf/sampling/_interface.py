@@ -198,7 +198,7 @@ def find_head(output: Tensor, shape: tuple[int, ...]) -> Description:
     classes, rest = divmod(output.numel(), 2 * math.prod(shape))
     if rest or classes < 2:
         raise ValueError(
-            f"compile: head is None, and the model's output {tuple(output.shape)} is no logits of classes for "
-            f"images {shape}; give head"
+            f"compile: head is None, and the model's output {tuple(output.shape)} is no logits of "
+            f"classes for images {shape}; give head"
         )
     return Categorical(classes)

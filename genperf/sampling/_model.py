@@ -21,20 +21,20 @@ class Adapted(nn.Module):
 
     def __init__(self, model: nn.Module, adapt: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        object.__setattr__(self, "inner", model)
-        self.adapt = adapt
+        self._inner = (model,)  # in a tuple, so that it is no submodule
+        self._adapt = adapt
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(self.adapt(x), *args, **kwargs)
+        return self._inner[0](self._adapt(x), *args, **kwargs)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner.named_modules(*args, **kwargs)
+        return self._inner[0].named_modules(*args, **kwargs)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner.named_parameters(*args, **kwargs)
+        return self._inner[0].named_parameters(*args, **kwargs)
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner.named_buffers(*args, **kwargs)
+        return self._inner[0].named_buffers(*args, **kwargs)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -107,9 +107,9 @@ def preserved(model: nn.Module, values: bool = True) -> Iterator[None]:
                     container.clear()
                     container.extend(before) if isinstance(container, list) else container.update(before)
             with torch.no_grad():
-                for tensor, before in saved:
-                    if not torch.equal(tensor, before):
-                        tensor.data.copy_(before)
+                for tensor, value in saved:
+                    if not torch.equal(tensor, value):
+                        tensor.data.copy_(value)
 
 
 def fingerprint(model: nn.Module) -> Any:

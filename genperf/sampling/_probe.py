@@ -116,8 +116,8 @@ def compare(
     if not error <= allowed:
         raise CaptureError(
             f"the program's parameters differ from the model's by {error:.3g}, of {scale:.3g} at most; "
-            f"expected {allowed:.3g}. This is a fault of the capture, not of the model; please report it with "
-            "the model"
+            f"expected {allowed:.3g}. This is a fault of the capture, not of the model; please report it "
+            "with the model"
         )
     return error, last
 

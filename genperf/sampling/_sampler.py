@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,49 +15,17 @@ from genperf.sampling import _arguments as arguments
 from genperf.sampling import _share, _store, heads
 from genperf.sampling._executors import Executor, build, choose, with_images
 from genperf.sampling._explain import explain
-from genperf.sampling._graph import capture
 from genperf.sampling._interface import Interface
-from genperf.sampling._ir import Graph
 from genperf.sampling._memory import Need, is_out_of_memory
-from genperf.sampling._model import check_mode, device_of, dtype_of, fingerprint, preserved, unwrapped
+from genperf.sampling._model import device_of, fingerprint, unwrapped
 from genperf.sampling._plan import Plan, refill
 from genperf.sampling._plan import plan as make_plan
 from genperf.sampling._program import HeadKind, Program
+from genperf.sampling._recorded import Recorded
+from genperf.sampling._run import Run, parts_of, progress_bar
 
 FORMAT, VERSION = "genperf.sampling", 1
-
-
-@dataclass
-class Recorded:
-    """The model that a plan was recorded from, and what it was recorded with."""
-
-    model: nn.Module
-    fixed: dict[str, Any]
-    seen: Any = None  # fingerprint
-
-    def graph(self, interface: Interface, cond: Mapping[str, Tensor]) -> Graph:
-        """A recording of an image for each row of ``cond``, of two at least."""
-        model, images = self.model, max(2, arguments.rows_of(cond))
-        check_mode(model)
-        device, dtype = device_of(model), dtype_of(model)
-        first, second = (
-            interface.encoded(interface.random_values(images, seed, narrow), dtype).to(device)
-            for seed, narrow in ((1, False), (2, True))
-        )
-        keywords = {**self.fixed, **expanded(cond, images, device)}
-        with preserved(model):
-            return capture(interface.adapted(model), first, second, interface.classes, (), keywords)
-
-    def call(self, interface: Interface, values: Tensor, cond: Mapping[str, Tensor]) -> Any:
-        """The model's output for values [B, rows, cols, V]."""
-        encoded = interface.encoded(values, dtype_of(self.model)).to(device_of(self.model))
-        keywords = {**self.fixed, **expanded(cond, len(values), encoded.device)}
-        return self.model(interface.to_model(encoded), **keywords)
-
-
-def expanded(cond: Mapping[str, Tensor], images: int, device: torch.device) -> dict[str, Tensor]:
-    """One row an image, in memory of its own as a model may want it."""
-    return {n: t.to(device).expand(images, *t.shape[1:]).contiguous() for n, t in cond.items()}
+_NO_MODEL = "this sampler was loaded without its model; give model to Sampler.load"
 
 
 class Sampler:
@@ -166,19 +133,25 @@ class Sampler:
         rank, world = _share.process() if distributed else (0, 1)
         images = _share.share(batch, rank, world)
         key = _share.common_key(seed, generator, world) if noise is None else None
+
+        def noise_of(part: range) -> Tensor:
+            if noise is not None:
+                return noise[part.start : part.stop]
+            assert key is not None
+            return heads.make_noise(head, key, part, self._device)
+
         if known is not None and known[1].all():
             return self._interface.sample(known[0][images.start : images.stop].to(self._device))
         self._notice_changes()
         need = Need(self.program, len(images), self._device)
-        parts = _parts(images, need)
+        parts = parts_of(images, need)
         found = [torch.zeros(0, head.rows, head.cols, head.values, device=self._device)]
         try:
-            with _bar(head.rows * len(parts), progress) as bar:
+            with progress_bar(head.rows * len(parts), progress) as bar:
                 for part in parts:
                     cut = slice(part.start, part.stop)
-                    drawn = heads.make_noise(head, key, part, self._device) if noise is None else noise[cut]
                     here = None if known is None else (known[0][cut], known[1][cut])
-                    run = Run(self._prepared(own, part), drawn, temperature, top_k, here)
+                    run = Run(self._prepared(own, part), noise_of(part), temperature, top_k, here)
                     found.append(run(self.head, bar))
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
@@ -201,9 +174,7 @@ class Sampler:
             RuntimeError: for a sampler without its model.
         """
         if self._recorded is None:
-            raise RuntimeError(
-                "log_prob: this sampler was loaded without its model; give model to Sampler.load"
-            )
+            raise RuntimeError(f"log_prob: {_NO_MODEL}")
         if self.head.kind == HeadKind.CALLBACK:
             raise TypeError("log_prob: a callback head has no likelihood")
         if not isinstance(x, Tensor) or x.shape[1:] != self.shape or len(x) == 0:
@@ -320,10 +291,7 @@ class Sampler:
     def _record(self, cond: Mapping[str, Tensor]) -> None:
         """Put the model's weights and this conditioning into the plan."""
         if self._recorded is None:
-            raise RuntimeError(
-                "sample: this sampler was loaded without its model, so that its conditioning cannot change; "
-                "give model to Sampler.load"
-            )
+            raise RuntimeError(f"sample: a new conditioning has to be recorded; {_NO_MODEL}")
         graph = self._recorded.graph(self._interface, cond)
         self._place()
         if self.plan.overlap == (self.executor == "cuda"):
@@ -356,63 +324,3 @@ class Sampler:
         if self._executor is None or self._executor[0] != rows:
             self._executor = rows, build(self.executor, with_images(self.program, rows), self._device)
         return self._executor[1]
-
-
-@dataclass
-class Run:
-    """One batch of images."""
-
-    executor: Executor
-    noise: Tensor
-    temperature: float
-    top_k: int
-    known: tuple[Tensor, Tensor] | None
-
-    def __call__(self, head: heads.Description, bar: Any) -> Tensor:
-        """The values [B, rows, cols, V]; ``bar``, if any, is told of each row."""
-        program = self.executor.program
-        state = self.executor.start(len(self.noise))
-        row = program.slots // program.head.rows
-        step = program.slots if bar is None else row
-        for begin in range(0, program.slots, step):
-            if isinstance(head, heads.Callback):
-                for slot in range(begin, begin + step):
-                    self._call_back(head, state, slot)
-            else:
-                self.executor.run(
-                    state, begin, begin + step, self.noise, self.temperature, self.top_k, self.known
-                )
-            if bar is not None:
-                bar.update()
-        return state.values
-
-    def _call_back(self, head: heads.Callback, state: Any, slot: int) -> None:
-        pixel, draw = divmod(slot, head.draws)
-        y, x = divmod(pixel, self.executor.program.head.cols)
-        self.executor.run(state, slot, slot + 1, None)
-        params = self.executor.params(state, slot).clone()
-        first = draw * head.draw_noises
-        noise = self.noise[:, y, x, first : first + head.draw_noises].to(params.device)
-        value = head.function(params, noise, draw)
-        if not isinstance(value, Tensor) or value.shape != (len(params),):
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"sample: the callback's function gave {got}, expected a tensor [{len(params)}]")
-        if self.known is not None:
-            values, mask = (t[:, y, x, draw].to(value.device) for t in self.known)
-            value = torch.where(mask, values.to(value.dtype), value)
-        self.executor.feed(state, slot, value)
-
-
-def _parts(images: range, need: Need) -> list[range]:
-    size = need.chunk() if images else 1
-    return [images[at : at + size] for at in range(0, len(images), size)]
-
-
-def _bar(rows: int, progress: bool) -> Any:
-    if not progress:
-        return nullcontext()
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("sample: progress needs tqdm: pip install tqdm", name=error.name) from None
-    return tqdm(total=rows, unit="row", desc="sample")

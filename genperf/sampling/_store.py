@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, fields, is_dataclass
+from dataclasses import astuple, fields, is_dataclass, replace
 from typing import Any
 
 from genperf.sampling import heads
@@ -47,15 +47,15 @@ def program_to_plain(program: Program) -> dict[str, Any]:
 
 
 def program_from_plain(plain: dict[str, Any]) -> Program:
-    kind, *numbers, feedback, buffer, scale, offset = plain["head"]
+    head = Head(*plain["head"])
     instructions = []
     for name, *numbers_of in plain["instructions"]:
         i = _INSTRUCTIONS[name](*numbers_of)
         if isinstance(i, Pointwise):
-            i = Pointwise(i.out, i.out_channel, i.channels, Op(i.op), i.a, i.b, i.p, i.q)
+            i = replace(i, op=Op(i.op))
         instructions.append(i)
     return Program(
-        Head(HeadKind(kind), *numbers, FeedbackKind(feedback), buffer, scale, offset),
+        replace(head, kind=HeadKind(head.kind), feedback=FeedbackKind(head.feedback)),
         [Buffer(*b) for b in plain["buffers"]],
         [Const(*c) for c in plain["consts"]],
         [Operand(*o) for o in plain["operands"]],

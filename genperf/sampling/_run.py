@@ -1,0 +1,74 @@
+"""One batch of images from the first slot to the last."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genperf.sampling import heads
+from genperf.sampling._executors import Executor
+from genperf.sampling._memory import Need
+
+
+@dataclass
+class Run:
+    """One batch of images."""
+
+    executor: Executor
+    noise: Tensor
+    temperature: float
+    top_k: int
+    known: tuple[Tensor, Tensor] | None
+
+    def __call__(self, head: heads.Description, bar: Any) -> Tensor:
+        """The values [B, rows, cols, V]; ``bar``, if any, is told of each row."""
+        program = self.executor.program
+        state = self.executor.start(len(self.noise))
+        row = program.slots // program.head.rows
+        step = program.slots if bar is None else row
+        for begin in range(0, program.slots, step):
+            if isinstance(head, heads.Callback):
+                for slot in range(begin, begin + step):
+                    self._call_back(head, state, slot)
+            else:
+                self.executor.run(
+                    state, begin, begin + step, self.noise, self.temperature, self.top_k, self.known
+                )
+            if bar is not None:
+                bar.update()
+        return state.values
+
+    def _call_back(self, head: heads.Callback, state: Any, slot: int) -> None:
+        pixel, draw = divmod(slot, head.draws)
+        y, x = divmod(pixel, self.executor.program.head.cols)
+        self.executor.run(state, slot, slot + 1, None)
+        params = self.executor.params(state, slot).clone()
+        first = draw * head.draw_noises
+        noise = self.noise[:, y, x, first : first + head.draw_noises].to(params.device)
+        value = head.function(params, noise, draw)
+        if not isinstance(value, Tensor) or value.shape != (len(params),):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"sample: the callback's function gave {got}, expected a tensor [{len(params)}]")
+        if self.known is not None:
+            values, mask = (t[:, y, x, draw].to(value.device) for t in self.known)
+            value = torch.where(mask, values.to(value.dtype), value)
+        self.executor.feed(state, slot, value)
+
+
+def parts_of(images: range, need: Need) -> list[range]:
+    size = need.chunk() if images else 1
+    return [images[at : at + size] for at in range(0, len(images), size)]
+
+
+def progress_bar(rows: int, progress: bool) -> Any:
+    if not progress:
+        return nullcontext()
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("sample: progress needs tqdm: pip install tqdm", name=error.name) from None
+    return tqdm(total=rows, unit="row", desc="sample")

@@ -76,11 +76,12 @@ def compile(
     recorded = Recorded(unwrapped(model), dict(fixed or {}))
     check_mode(recorded.model)
     place = device_of(recorded.model) if device is None else torch.device(device)
-    name, _ = choose(executor, place)
+    choose(executor, place)
     two = {n: t[:2] for n, t in own.items()}
     interface, parameters = _interface(recorded, sizes, head, feedback, two)
     interface, graph = _graph(recorded, interface, feedback, two)
-    made = plan(graph, interface.head, interface.feedback, name != "cuda")
+    # Threads that have images of their own are at different slots: one's buffer must not be another's.
+    made = plan(graph, interface.head, interface.feedback, overlap=False)
     sampler = Sampler(interface, made, own, recorded, executor, device)
     sampler._recorded_with(two)
     if probe:

@@ -19,7 +19,6 @@ from genperf.sampling._interface import Interface
 from genperf.sampling._memory import Need, is_out_of_memory
 from genperf.sampling._model import device_of, fingerprint, unwrapped
 from genperf.sampling._plan import Plan, refill
-from genperf.sampling._plan import plan as make_plan
 from genperf.sampling._program import HeadKind, Program
 from genperf.sampling._recorded import Recorded
 from genperf.sampling._run import Run, parts_of, progress_bar
@@ -294,10 +293,7 @@ class Sampler:
             raise RuntimeError(f"sample: a new conditioning has to be recorded; {_NO_MODEL}")
         graph = self._recorded.graph(self._interface, cond)
         self._place()
-        if self.plan.overlap == (self.executor == "cuda"):
-            self.plan = make_plan(graph, self.head, self.feedback, not self.plan.overlap)
-        else:
-            refill(self.plan, graph)
+        refill(self.plan, graph)
         self._recorded_with(cond)
 
     def _recorded_with(self, cond: Mapping[str, Tensor]) -> None:

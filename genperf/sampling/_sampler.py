@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from genperf.sampling import _arguments as arguments
 from genperf.sampling import _share, _store, heads
+from genperf.sampling._errors import CaptureError
 from genperf.sampling._executors import Executor, build, choose, with_images
 from genperf.sampling._explain import explain
 from genperf.sampling._interface import Interface
 from genperf.sampling._memory import Need, is_out_of_memory
 from genperf.sampling._model import device_of, fingerprint, unwrapped
 from genperf.sampling._plan import Plan, refill
+from genperf.sampling._plan import plan as make_plan
 from genperf.sampling._program import HeadKind, Program
 from genperf.sampling._recorded import Recorded
 from genperf.sampling._run import Run, parts_of, progress_bar
@@ -119,7 +121,7 @@ class Sampler:
 
         Raises:
             TypeError, ValueError: for an argument that does not fit; the message names it.
-            CaptureError: if the model changed in such a way that it has to be compiled again.
+            CaptureError, CausalityError: if the model changed in such a way that it cannot be sampled.
             MemoryError: if the plan needs more memory than there is.
             RuntimeError: for a new ``cond`` without the model.
         """
@@ -194,7 +196,7 @@ class Sampler:
         """Record the model again, with its weights of now.
 
         Raises:
-            CaptureError: if the model changed in such a way that it has to be compiled again.
+            CaptureError, CausalityError: if the model changed in such a way that it cannot be sampled.
             RuntimeError: for a sampler without its model.
         """
         self._record(self._cond if self._now is None else self._now)
@@ -228,8 +230,9 @@ class Sampler:
         """Read what :meth:`save` wrote. Needs no code but torch's: the file holds tensors and numbers.
 
         Args:
-            model: the model, whose weights then replace those of the file; without it there is no
-                :meth:`log_prob` and no new conditioning.
+            model: the model, whose weights replace those of the file at the first use, where CaptureError
+                says that its structure is another; without it there is no :meth:`log_prob` and no new
+                conditioning.
             fixed, executor, device: see :func:`genperf.sampling.compile`.
 
         Raises:
@@ -293,7 +296,15 @@ class Sampler:
             raise RuntimeError(f"sample: a new conditioning has to be recorded; {_NO_MODEL}")
         graph = self._recorded.graph(self._interface, cond)
         self._place()
-        refill(self.plan, graph)
+        if graph.output.channels != (self.head.parameters or graph.output.channels):
+            raise CaptureError(
+                f"the model's output has {graph.output.channels} parameters a pixel now, but head "
+                f"{self.head} reads {self.head.parameters}; compile it again"
+            )
+        if self._recorded.seen is None:
+            refill(self.plan, graph)
+        else:  # weights that were 0, or are now, make another plan
+            self.plan = make_plan(graph, self.head, self.feedback, self.plan.overlap)
         self._recorded_with(cond)
 
     def _recorded_with(self, cond: Mapping[str, Tensor]) -> None:

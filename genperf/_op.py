@@ -231,6 +231,13 @@ def _recording() -> Iterator[list[Choice]]:
         _recorder = previous
 
 
+def note(name: str, refusal: str | None) -> None:
+    """Record a choice that is no operator's: the CPU kernel, or torch for the reason given."""
+    if _recorder is not None:
+        refusals = () if refusal is None else (("cpu", refusal),)
+        _recorder.append(Choice(name, "cpu" if refusal is None else "reference", refusals))
+
+
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Run ``function(*args, **kwargs)`` once, and tell which backend every genperf op in it used.
 

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from genperf._torch_normal import torch_normal
 from genperf.ops.gaussian_sample import (
     TRANSFORMS,
     _backward_op,
@@ -46,7 +47,7 @@ def draw_noise(like: Tensor, generator: Generator = None, device: torch.device |
             )
         return torch_noise(like, generator if len(generator) > 1 else generator[0])
     if generator is None and device is not None:
-        return torch.randn(like.shape, dtype=like.dtype, device=device).to(like.device)
+        return torch_normal(like.shape, generator=None, dtype=like.dtype, device=device).to(like.device)
     return torch_noise(like, generator)
 
 

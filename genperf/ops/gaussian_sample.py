@@ -18,6 +18,7 @@ from torch import Tensor
 
 from genperf import _backend
 from genperf._op import Operator, cuda_stream
+from genperf._torch_normal import torch_normal
 from genperf.ops.philox_random import FLOATS, check_key, draw_key, passing, reference_normals
 
 __all__ = ["GaussianSample", "gaussian_sample"]
@@ -625,4 +626,4 @@ def torch_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Genera
             "of them"
         )
     device = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    return torch_normal(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)

@@ -7,6 +7,7 @@
 #include "gaussian_sample/gaussian_sample.h"
 #include "philox_random/philox_random.h"
 #include "pixel_sampler.h"
+#include "torch_normal/torch_normal.h"
 
 namespace genperf {
 namespace {
@@ -31,6 +32,22 @@ void philox_random_cases(RandomKind kind, const char* name, Totals& totals) {
       Tensor out({keys == 0 ? 1 : keys, n}, kind == RandomKind::kBits ? DType::kInt64 : DType::kFloat32,
                  Layout::kContiguous);
       group.add({&out}, [&] { philox_random_cpu({out.view(), key.view(), kind}); });
+    }
+  }
+}
+
+void torch_normal_cases(Totals& totals) {
+  Group group("torch_normal", totals);
+  Random random(3);
+  for (int64_t n : {16, 17, 31, 32, 47, 48, 511, 512, 513, 528, 624, 1000, 5003}) {
+    for (int next : {0, 1, 600, 615, 624}) {
+      int64_t words[632] = {0, 625 - next, next};
+      for (int i = 3; i < 627; ++i) words[i] = random.bits();
+      Tensor out({n}, DType::kFloat32, Layout::kContiguous), state({632}, DType::kInt64, Layout::kContiguous);
+      group.add({&out, &state}, [&] {
+        for (int i = 0; i < 632; ++i) state.set<int64_t>(i, words[i]);
+        torch_normal_cpu({out.view(), state.view()});
+      });
     }
   }
 }
@@ -152,6 +169,7 @@ int run_all() {
   philox_random_cases(RandomKind::kNormal, "philox_random normal", totals);
   philox_random_cases(RandomKind::kUniform, "philox_random uniform", totals);
   philox_random_cases(RandomKind::kBits, "philox_random bits", totals);
+  torch_normal_cases(totals);
   for (bool backward : {false, true})
     for (const Parametrization& parametrization : kParametrizations)
       for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})

@@ -82,11 +82,11 @@ def exp_m1(x, exp_x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x) without overflow."""
+    """log(1 + e^x) without overflow: x at inf, 0 at -inf."""
     y = exp(-tl.abs(x))
     u = 1.0 + y
     log1p = log_normal(u) + tl.div_rn(y - (u - 1.0), u)
-    return tl.where(x > 0.0, x, 0.0) + log1p + (x - x)  # x - x: NaN stays NaN
+    return tl.where(x > 0.0, x, 0.0) + log1p
 
 
 @triton.jit

@@ -83,8 +83,7 @@ GENPERF_HD F pointwise(F a, [[maybe_unused]] F b, [[maybe_unused]] float p, [[ma
     return 0.5f * a * (1.0f + tanh(inner, derivative));
   } else if constexpr (kOp == Op::kSoftplus) {
     F scaled = a * p;
-    F finite = select(scaled < -200.0f, splat<F>(-200.0f), scaled);
-    return select(scaled > q, a, softplus(finite) / p);
+    return select(scaled > q, a, softplus(scaled) / p);
   } else if constexpr (kOp == Op::kExp) {
     return exp(a);
   } else if constexpr (kOp == Op::kLog) {

@@ -248,6 +248,21 @@ def test_extremes(backend, name, dtype):
         torch.testing.assert_close(kl.double(), expected, rtol=2e-5, atol=1e-12)
 
 
+def test_softplus_of_infinity(backend):
+    """softplus(-inf) is 0, as that of -200, and softplus(inf) is inf; a NaN stays at its place."""
+    scale = torch.tensor([[-math.inf, -200.0, math.nan, 0.0]], device=backend.device, requires_grad=True)
+    mean = torch.full_like(scale, 0.25)
+    options = {"parametrization": "softplus", "noise": torch.ones_like(mean), "reduction": "none"}
+    out = gaussian_sample(mean, scale, offset=0.5, log_prob=True, **options)
+    (gradient,) = torch.autograd.grad(sum(x.sum() for x in out), scale)
+    for x in (*out, gradient):
+        assert x[0, 0] == x[0, 1]
+        assert x.isnan().tolist() == [[False, False, True, False]]
+    assert (out.z[0, 0], gradient[0, 0]) == (0.75, 0)
+    assert gaussian_sample(mean, scale, **options).z[0, 0] == 0.25
+    assert (gaussian_sample(mean, torch.full_like(mean, math.inf), **options).z == math.inf).all()
+
+
 def test_eager_is_worse():
     """The cases above are not vacuous: the usual formula fails in them."""
 

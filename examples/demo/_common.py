@@ -248,7 +248,9 @@ def save_chart(path: Path, outcomes: list[Outcome], conditions: str) -> None:
                 gains.append(gain)
                 axis.barh(row + shift, gain - 1, left=1, height=0.36, color=colour)
                 side = "left" if gain >= 1 else "right"
-                axis.text(gain, row + shift, f" {ratio(gain).strip()[:-1]}\u00d7 ", va="center", ha=side, fontsize=9)
+                axis.text(
+                    gain, row + shift, f" {ratio(gain).strip()[:-1]}\u00d7 ", va="center", ha=side, fontsize=9
+                )
         axis.set_yticks(range(len(outcome.timings)), [timing.what for timing in outcome.timings])
         axis.invert_yaxis()
         axis.axvline(1, color="#444444", linewidth=1)

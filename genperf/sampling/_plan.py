@@ -17,7 +17,6 @@ from genperf.sampling._ir import (
     ConvNode,
     EmbedNode,
     Graph,
-    Node,
     PointwiseNode,
     Source,
     Window,
@@ -42,16 +41,14 @@ class Plan:
     roles: list[str]
     head: Description
     feedback: Feedback
-    overlap: bool
 
 
-def plan(graph: Graph, head: Description, feedback: Feedback, overlap: bool = True) -> Plan:
+def plan(graph: Graph, head: Description, feedback: Feedback) -> Plan:
     """The program that samples from a causal graph.
 
     Args:
         head: what the graph's output means.
         feedback: how a drawn value enters the graph's input.
-        overlap: let buffers share memory where they are never alive together.
 
     Raises:
         CausalityError: if an output depends on what is not drawn yet.
@@ -60,7 +57,7 @@ def plan(graph: Graph, head: Description, feedback: Feedback, overlap: bool = Tr
     check_causal(graph, when_known(graph, head.draws), _draw_of_channel(head, graph.output.channels))
     graph = simplify(graph, head.draws)
     made = schedule(graph, when_known(graph, head.draws))
-    return _Emitter(graph, made).plan(head, feedback, overlap)
+    return _Emitter(graph, made).plan(head, feedback)
 
 
 def refill(old: Plan, graph: Graph) -> None:
@@ -69,7 +66,7 @@ def refill(old: Plan, graph: Graph) -> None:
     Raises:
         CaptureError: if the recording needs another plan.
     """
-    new = plan(graph, old.head, old.feedback, old.overlap).program
+    new = plan(graph, old.head, old.feedback).program
     tables = zip(old.program.tables().values(), new.tables().values(), strict=True)
     if not all(torch.equal(a, b) for a, b in tables) or not torch.equal(old.program.segments, new.segments):
         raise CaptureError("the structure of the model has changed since it was compiled; compile it again")
@@ -99,10 +96,10 @@ class _Emitter:
         self._consts: dict[int, int] = {}
         self._program: p.Program = None  # type: ignore[assignment]
 
-    def plan(self, head: Description, feedback: Feedback, overlap: bool) -> Plan:
+    def plan(self, head: Description, feedback: Feedback) -> Plan:
         grid = self._graph.input
         self._program = program = p.Program(head.program(0, grid.rows, grid.cols))
-        self._buffers(overlap)
+        self._buffers()
         params = self._operand(self._graph.output)
         fed, input, scale = p.FeedbackKind.NONE, -1, Scaled()
         if feedback != "index":
@@ -114,40 +111,19 @@ class _Emitter:
         program.instructions = [self._instruction(task) for task in self._made.tasks]
         self._segments()
         roles = [_role(task) for task in self._made.tasks]
-        return Plan(program, [task.value.name for task in self._made.tasks], roles, head, feedback, overlap)
+        return Plan(program, [task.value.name for task in self._made.tasks], roles, head, feedback)
 
     # buffers
 
-    def _buffers(self, overlap: bool) -> None:
-        made, program = self._made, self._program
-        writers: dict[int, list[int]] = {}
-        homes: dict[int, Node] = {}
-        if id(self._graph.input) in made.first:
-            homes[id(self._graph.input)] = self._graph.input
-            writers[id(self._graph.input)] = [-1]
-        for i, task in enumerate(made.tasks):
-            home, _ = made.home[id(task.value)]
-            homes[id(home)] = home
-            writers.setdefault(id(home), []).append(i)
-        place = {id(task): i for i, task in enumerate(made.tasks)}
-        spare = _Spare()
-        at = 0
-        for key, node in homes.items():
-            first, last = made.first[key], made.last[key]
-            rows, cols = ring(first, last)
-            size = rows * cols * node.channels
-            self._buffer[key] = len(program.buffers)
-            if overlap and bool((first == last)[first < NEVER].all()):
-                readers = [len(place) if t is None else place[id(t)] for t in made.readers.get(key, [])]
-                offset = spare.take(size, min(writers[key]), max(readers + writers[key]))
-                program.buffers.append(p.Buffer(-1 - offset, rows, cols, node.channels))
-            else:
-                program.buffers.append(p.Buffer(at, rows, cols, node.channels))
-                at += _padded(size)
-        program.buffers = [
-            b if b.offset >= 0 else replace(b, offset=at - 1 - b.offset) for b in program.buffers
-        ]
-        program.workspace = at + spare.size
+    def _buffers(self) -> None:
+        homes = [self._graph.input] + [self._made.home[id(task.value)][0] for task in self._made.tasks]
+        for node in dict.fromkeys(homes):
+            if id(node) not in self._made.first:  # indices, which are read from the values
+                continue
+            rows, cols = ring(self._made.first[id(node)], self._made.last[id(node)])
+            self._buffer[id(node)] = len(self._program.buffers)
+            self._program.buffers.append(p.Buffer(self._program.workspace, rows, cols, node.channels))
+            self._program.workspace += _padded(rows * cols * node.channels)
 
     # operands
 
@@ -248,22 +224,3 @@ def ring(first: Cells, last: Cells) -> tuple[int, int]:
     r = next((n for n in range(1, rows) if fits(n, cols)), rows)
     sizes = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024) if n < cols]
     return r, next((n for n in sizes if fits(r, n)), cols)
-
-
-class _Spare:
-    """Memory of buffers that are alive only inside one slot, between two of its tasks."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._taken: list[tuple[int, int, int, int]] = []  # offset, end, first task, last task
-
-    def take(self, size: int, first: int, last: int) -> int:
-        size, offset = _padded(size), 0
-        for begin, end, since, until in sorted(self._taken):
-            if since <= last and first <= until:  # alive together
-                if offset + size <= begin:
-                    break
-                offset = max(offset, end)
-        self._taken.append((offset, offset + size, first, last))
-        self.size = max(self.size, offset + size)
-        return offset

@@ -85,8 +85,8 @@ class Buffer:
     """Line buffer float32 of one node.
 
     Cell (y, x) of image b of B lies at float
-    ``offset * B + ((y % ring_rows * ring_cols + x % ring_cols) * B + b) * channels``. Buffers whose cells
-    are never alive together may overlap.
+    ``offset * B + ((y % ring_rows * ring_cols + x % ring_cols) * B + b) * channels``. Buffers do not
+    overlap: threads that have images of their own are at different slots.
     """
 
     offset: int

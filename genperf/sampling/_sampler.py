@@ -256,7 +256,6 @@ class Sampler:
             "program": _store.program_to_plain(self.program),
             "names": list(self.plan.names),
             "roles": list(self.plan.roles),
-            "overlap": self.plan.overlap,
             "cond": {n: t.detach().cpu() for n, t in cond.items()},
             "probe_error": self.probe_error,
             "channels_last": self._channels_last,
@@ -268,7 +267,7 @@ class Sampler:
     def _from_state(state: dict[str, Any], recorded: Recorded | None) -> Sampler:
         feedback = _store.feedback_from_plain(state["feedback"])
         program = _store.program_from_plain(state["program"])
-        plan = Plan(program, state["names"], state["roles"], state["head"], feedback, state["overlap"])
+        plan = Plan(program, state["names"], state["roles"], state["head"], feedback)
         interface = Interface(tuple(state["shape"]), state["head"], feedback)
         sampler = Sampler(interface, plan, state["cond"], recorded, state["executor"], state["device"])
         sampler._now = state["cond"]

@@ -29,7 +29,6 @@ from genperf.sampling._ir import (
     Node,
     PointwiseNode,
     Ref,
-    Source,
     Window,
 )
 from genperf.sampling._program import Op
@@ -65,7 +64,6 @@ class Schedule:
     home: dict[int, tuple[Node, int]] = field(default_factory=dict)
     first: dict[int, Cells] = field(default_factory=dict)
     last: dict[int, Cells] = field(default_factory=dict)
-    readers: dict[int, list[Task | None]] = field(default_factory=dict)  # None: the head
 
 
 def runs_of(ready: Cells, need: Cells) -> Runs:
@@ -180,7 +178,6 @@ class _Scheduler:
         first = np.arange(grid.rows * grid.cols).reshape(grid.rows, grid.cols) * self.times.draws
         output = self.graph.output
         self._read(output, output.window, first, first + self.times.draws - 1, grid)
-        self._note_reader(output, None)
         for node in reversed(self.graph.nodes):
             if not isinstance(node, ConcatNode | Input):
                 self._node(node)
@@ -274,10 +271,6 @@ class _Scheduler:
         last = np.where(first == NEVER, -1, first)
         for further in slots[1:]:
             last = np.maximum(last, np.where(further == NEVER, -1, further))
-        task = self.made.tasks[-1]
-        for source in node.sources:
-            if isinstance(source, Ref):
-                self._note_reader(source, task)
         if isinstance(node, ConvNode):
             for tap in node.taps:
                 window, num, den = tap_window(node, tap)
@@ -292,11 +285,6 @@ class _Scheduler:
             for source in node.sources:
                 if isinstance(source, Ref) and not isinstance(node, EmbedNode):
                     self._read(source, source.window, first, last, node)
-
-    def _note_reader(self, source: Source, task: Task | None) -> None:
-        assert isinstance(source, Ref)
-        home, _ = self.made.home[id(source.node)]
-        self.made.readers.setdefault(id(home), []).append(task)
 
     def _leaves(self, node: Node, channel: int, channels: int) -> Iterator[Node]:
         """The nodes that compute some channels of a value."""

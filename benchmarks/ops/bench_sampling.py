@@ -129,7 +129,7 @@ def as_values(sampler: Sampler, x: Tensor) -> Tensor:
 def reference(
     model: nn.Module, sampler: Sampler, noise: Tensor, x: Tensor, drawn: Tensor, **_: Any
 ) -> tuple[Tensor, ...]:
-    """What float64 draws at each pixel, given what was drawn before it; at close decisions, what was drawn."""
+    """What float64 draws at each pixel, given what was drawn before; where that is close, what was drawn."""
     head = sampler.program.head
     whole = drawn.dim() == 4
     values = drawn if whole else as_values(sampler, x)

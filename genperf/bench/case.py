@@ -60,7 +60,8 @@ class Benchmark:
         genperf: the public function, run once for each backend in ``backends`` that serves the device.
         baselines: provider name to function. ``"eager"`` (or ``"naive"``, of samplers) is what speed-ups
             are measured against; ``"eager"`` is also compiled for the provider ``compile``. Others are
-            ``"peer/<library>"``, ``"cached"`` (of samplers) or ``"native"`` (the bare kernel). One that raises NotImplementedError is left out of that case.
+            ``"peer/<library>"``, ``"cached"`` (of samplers) or ``"native"`` (the bare kernel). One that
+            raises NotImplementedError is left out of that case.
         bytes, flops: ``f(shape, dtype, mode)``, the least memory traffic and arithmetic the op needs.
         draws: for random ops, ``draws(provider, inputs, outputs)`` returns extra arguments for
             ``reference``: what the provider drew. It runs with torch's default generators in the state the

@@ -123,9 +123,10 @@ def markdown(results: Results) -> str:
         raise ValueError("no rows to report")
     names = ["op", "shape", "dtype", "mode", *providers]
     table = tabulate.tabulate(lines, names, tablefmt="github", disable_numparse=True)
+    baseline = next((row.provider for row in results.rows if row.provider in BASELINES), "eager")
     notes = [
         f"{title(results.header)} Each cell: {clock_name(results.rows[0])} of a call, and in brackets the "
-        f"speed-up over {next((row.provider for row in results.rows if row.provider in BASELINES), 'eager')}.",
+        f"speed-up over {baseline}.",
         *_overheads(results),
     ]
     return "\n\n".join([table, *notes] if lines else notes)

@@ -45,7 +45,6 @@ class CUDAExecutor:
     The values are the same bits for any batch and any team, and those of :class:`CPUExecutor`.
 
     Args:
-        program: must not let buffers overlap.
         team: blocks of a team and their kind; by default the best for each batch by the cost model.
 
     Raises:

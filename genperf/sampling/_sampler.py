@@ -19,8 +19,7 @@ from genperf.sampling._explain import explain
 from genperf.sampling._interface import Interface
 from genperf.sampling._memory import Need, is_out_of_memory
 from genperf.sampling._model import device_of, fingerprint, unwrapped
-from genperf.sampling._plan import Plan, refill
-from genperf.sampling._plan import plan as make_plan
+from genperf.sampling._plan import Plan, plan, refill
 from genperf.sampling._program import HeadKind, Program
 from genperf.sampling._recorded import Recorded
 from genperf.sampling._run import Run, parts_of, progress_bar
@@ -204,8 +203,8 @@ class Sampler:
     def explain(self, batch: int = 1) -> str:
         """What runs when, its work, and the predicted time of the persistent CUDA kernel on an H100."""
         self._notice_changes()
-        plan = self.plan
-        return explain(plan.program, plan.roles, plan.names, self.executor, self._why, batch)
+        made = self.plan
+        return explain(made.program, made.roles, made.names, self.executor, self._why, batch)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the sampler, without its model, to a file for :meth:`load`.
@@ -267,9 +266,9 @@ class Sampler:
     def _from_state(state: dict[str, Any], recorded: Recorded | None) -> Sampler:
         feedback = _store.feedback_from_plain(state["feedback"])
         program = _store.program_from_plain(state["program"])
-        plan = Plan(program, state["names"], state["roles"], state["head"], feedback)
+        made = Plan(program, state["names"], state["roles"], state["head"], feedback)
         interface = Interface(tuple(state["shape"]), state["head"], feedback)
-        sampler = Sampler(interface, plan, state["cond"], recorded, state["executor"], state["device"])
+        sampler = Sampler(interface, made, state["cond"], recorded, state["executor"], state["device"])
         sampler._now = state["cond"]
         sampler.probe_error = state["probe_error"]
         sampler._channels_last = state["channels_last"]
@@ -303,7 +302,7 @@ class Sampler:
         if self._recorded.seen is None:
             refill(self.plan, graph)
         else:  # weights that were 0, or are now, make another plan
-            self.plan = make_plan(graph, self.head, self.feedback, self.plan.overlap)
+            self.plan = plan(graph, self.head, self.feedback)
         self._recorded_with(cond)
 
     def _recorded_with(self, cond: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,6 @@ process, has shown that the installed torch gives these bits on this machine.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -19,9 +18,6 @@ from genperf._op import direct_device, note
 #: Below this many elements, taking the generator's state and giving it back costs more than is gained.
 FEWEST = 16384
 _STATE_BYTES = 5056
-
-# The generator's owner is checked and changed by one thread of this library at a time.
-_lock = threading.Lock()
 
 
 def torch_normal(
@@ -59,14 +55,13 @@ def _refusal(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 def _draw(out: Tensor, generator: torch.Generator) -> bool:
     """Fill ``out`` and move the generator on; False, with neither done, where other threads draw from it."""
+    kernels = _backend.native.cpu  # type: ignore[union-attr]
     for _ in range(3):
         before = generator.get_state()
         after = before.clone()
-        _backend.native.cpu.torch_normal(out, after.view(torch.int64))  # type: ignore[union-attr]
-        with _lock:
-            if torch.equal(generator.get_state(), before):
-                generator.set_state(after)
-                return True
+        kernels.torch_normal(out, after.view(torch.int64))
+        if kernels.exchange_state(generator, before, after):
+            return True
     return False
 
 
@@ -78,11 +73,10 @@ def _difference(isa: str) -> str | None:
         return f"the generator's state has {ours.get_state().numel()} bytes, expected {_STATE_BYTES}"
     for seed, n in enumerate((16, 17, 624, 1000, 20000)):
         for generator in (ours, theirs):
-            torch.randn(seed, generator=generator.manual_seed(seed))  # not at the start of the engine's words
-        out = torch.empty(n)
-        if not _draw(out, ours) or not torch.equal(
-            out.view(torch.int32), torch.randn(n, generator=theirs).view(torch.int32)
-        ):
+            torch.rand(seed, generator=generator.manual_seed(seed))  # not at the start of the engine's words
+        out = torch.empty(n, dtype=torch.float32, device="cpu")
+        expected = torch.randn(n, generator=theirs, dtype=torch.float32, device="cpu")
+        if not _draw(out, ours) or not torch.equal(out.view(torch.int32), expected.view(torch.int32)):
             return f"torch.randn gives other numbers than the kernel, for seed {seed} and {n} elements"
         if not torch.equal(ours.get_state(), theirs.get_state()):
             return f"torch.randn leaves the generator otherwise, for seed {seed} and {n} elements"

@@ -9,6 +9,7 @@ import torch
 from genperf.sampling._program import Program
 
 LIMIT = 1 << 30  # bytes of line buffers of the images under way
+SMALL = 1 << 24  # bytes for which the system is not asked first
 
 
 def available(device: torch.device) -> int:
@@ -45,8 +46,10 @@ class Need:
         Raises:
             MemoryError: if not even one image can.
         """
-        free = available(self.device) - self.batch * self.sample
         chunk = max(1, min(self.batch, LIMIT // max(1, self.workspace)))
+        if chunk * self.under_way + self.batch * self.sample <= SMALL:
+            return chunk
+        free = available(self.device) - self.batch * self.sample
         if free < self.under_way:
             raise self.error()
         return min(chunk, free // self.under_way)

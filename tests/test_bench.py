@@ -17,6 +17,7 @@ from genperf.bench.noise import plausible_normal
 from genperf.bench.providers import Problem, Provider, check, errors
 from genperf.bench.results import FIELDS, Results, Row, speedup
 
+BEGIN, END = report.markers()
 SCHEMA_OF_ISSUE = [
     *("op", "shape", "dtype", "mode", "provider", "device", "threads"),
     *("median_s", "p20_s", "p80_s", "cpu_s", "bytes", "flops", "ceiling_fraction"),
@@ -350,25 +351,82 @@ def test_overhead_is_told_apart_from_speedups(measured):
 
 def test_report_replaces_the_marked_region_alone(measured, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"# before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    readme.write_text(f"# before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
     report.write_markdown(measured, readme)
     report.write_markdown(measured, readme)
     text = readme.read_text()
-    assert text.startswith(f"# before\n\n{report.BEGIN}\n|")
-    assert text.endswith(f"{report.END}\n\nafter\n")
+    assert text.startswith(f"# before\n\n{BEGIN}\n|")
+    assert text.endswith(f"{END}\n\nafter\n")
     assert "old" not in text
     assert text.count(table.markdown(measured)) == 1
 
 
-@pytest.mark.parametrize(
-    "text", ["no markers", f"{report.END}{report.BEGIN}", report.BEGIN, f"{report.BEGIN * 2}{report.END}"]
-)
+@pytest.mark.parametrize("text", ["no markers", f"{END}{BEGIN}", BEGIN, f"{BEGIN * 2}{END}"])
 def test_report_does_not_overwrite_a_file_without_markers(measured, tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)
     with pytest.raises(ValueError, match="expected one"):
         report.write_markdown(measured, path)
     assert path.read_text() == text
+
+
+def test_regions_have_names(measured, tmp_path):
+    first, (begin, end) = "\n".join(report.markers()), report.markers("other")
+    path = tmp_path / "README.md"
+    path.write_text(f"{first}\n{begin}\nold\n{end}\n")
+    report.write_markdown(measured, path, "other")
+    assert path.read_text() == f"{first}\n{begin}\n{table.markdown(measured)}\n{end}\n"
+
+
+def test_a_report_of_some_modes(measured, tmp_path, capsys):
+    measured.save(tmp_path / "out.json")
+    assert cli.main(["report", str(tmp_path / "out.json"), "--mode", "fwd+bwd", "--dtype", "float*"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("fwd+bwd") == 1
+    assert "bfloat16" not in shown
+
+
+def test_a_provider_that_is_timed_in_part():
+    def slow(x):
+        time.sleep(0.01)
+        return _squares(x)
+
+    def parts(shape):
+        return 7 * shape[0]
+
+    toy = dataclasses.replace(
+        _toy(), baselines={"naive": slow, "peer/same": _squares}, parts={"naive": parts}
+    )
+    results = _run(toy, mode="fwd", dtype="float32")
+    row = _rows(results, "naive")["fwd"]
+    assert 7 * 8 * 0.01 <= row.median_s < 7 * 8 * 0.05
+    assert speedup(_rows(results, "peer/same")["fwd"], results.rows) == pytest.approx(
+        row.cpu_s / _rows(results, "peer/same")["fwd"].cpu_s
+    )
+
+
+def test_a_floor_of_its_own():
+    results = _run(dataclasses.replace(_toy(), floor=lambda inputs: 1e-9 * inputs["x"].numel()), mode="fwd")
+    for row in results.rows:
+        elements = 8 * 16 if row.shape == "8x16" else 4 * 4
+        assert row.ceiling_fraction == pytest.approx(1e-9 * elements / row.cpu_s)
+
+
+def test_slow_providers_run_a_few_rounds_only():
+    contender = measure.Contender(lambda: None, lambda _: time.sleep(0.03), contextlib.nullcontext)
+    effort = measure.Effort(1e-3, rounds=15, max_rounds=100, budget_s=0.01, least=3)
+    measure.race([contender], measure.CpuClock(), effort)
+    assert len(contender.samples.wall) == 3
+
+
+def test_groups_are_chosen_by_name():
+    grouped = dataclasses.replace(_toy(), op="whole", group="models")
+    known = [_toy(), grouped]
+    assert cli._select(known, []) == known[:1]
+    assert cli._select(known, ["models"]) == [grouped]
+    assert cli._select(known, ["whole", "models", "squares"]) == [grouped, known[0]]
+    with pytest.raises(ValueError, match="squares, whole, models"):
+        cli._select(known, ["nothing"])
 
 
 def test_installed_benchmarks_run_from_the_command_line(tmp_path):

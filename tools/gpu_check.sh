@@ -139,5 +139,6 @@ fi
 
 results=$out/$device.json
 rm -f "$results"
-phase bench 200 "$PYTHON" -m genperf bench --device cuda --json "$results"
+phase bench 150 "$PYTHON" -m genperf bench --device cuda --json "$results"
+phase sampling 120 "$PYTHON" -m genperf bench sampling --quick --device cuda --json "$out/$device-sampling.json"
 finish

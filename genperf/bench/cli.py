@@ -14,7 +14,7 @@ from .case import MODES, Benchmark, discover
 from .compare import compare, differences_table
 from .report import write_chart, write_markdown
 from .results import Results
-from .run import Options, plan, run
+from .run import Options, matches, plan, run
 from .table import markdown, need, terminal
 
 _EPILOG = """\
@@ -156,11 +156,17 @@ def _report(arguments: Sequence[str]) -> int:
         metavar="OUT.md",
         help="a new file, or one whose region between <!-- bench:begin --> and <!-- bench:end --> to replace",
     )
+    parser.add_argument("--region", metavar="NAME", default="", help="of <!-- bench:begin NAME -->")
     parser.add_argument("--chart", metavar="OUT.svg", help="writes OUT.svg and OUT.png")
+    parser.add_argument("--dtype", metavar="FILTER", help="dtypes to show, such as 'float32'")
+    parser.add_argument("--mode", metavar="FILTER", help="modes to show, such as 'fwd+bwd'")
     given = parser.parse_args(arguments)
     results = Results.load(given.results)
+    results.rows = [
+        row for row in results.rows if matches(row.dtype, given.dtype) and matches(row.mode, given.mode)
+    ]
     if given.markdown:
-        write_markdown(results, given.markdown)
+        write_markdown(results, given.markdown, given.region)
     written: list[Any] = [given.markdown] if given.markdown else []
     if given.chart:
         written += write_chart(results, given.chart)

@@ -9,8 +9,6 @@ from typing import Any
 from .results import BASELINES, Results, Row, speedup
 from .table import markdown, measures_overhead, need, ratio, title
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-
 # Okabe and Ito's palette, which stays apart for colour-blind readers.
 _COLOURS = {
     "genperf/cpu": "#0072B2",
@@ -24,20 +22,27 @@ _NOT_CHARTED = (*BASELINES, "native")
 _GAP = 0.55  # between cases, in bars
 
 
-def write_markdown(results: Results, path: str | Path) -> None:
+def markers(region: str = "") -> tuple[str, str]:
+    """The lines before and after a generated table; a file can have several, by name."""
+    name = f" {region}" if region else ""
+    return f"<!-- bench:begin{name} -->", f"<!-- bench:end{name} -->"
+
+
+def write_markdown(results: Results, path: str | Path, region: str = "") -> None:
     """Writes the table between the markers of the file at ``path``, or a new file that is just that.
 
     Raises ValueError for a file that exists and does not have the two markers once, in order.
     """
     path = Path(path)
-    region = f"{BEGIN}\n{markdown(results)}\n{END}"
+    begin, end = markers(region)
+    table = f"{begin}\n{markdown(results)}\n{end}"
     if not path.exists():
-        path.write_text(region + "\n")
+        path.write_text(table + "\n")
         return
     text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise ValueError(f"{path}: expected one {BEGIN} and, after it, one {END}")
-    path.write_text(text[: text.index(BEGIN)] + region + text[text.index(END) + len(END) :])
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise ValueError(f"{path}: expected one {begin} and, after it, one {end}")
+    path.write_text(text[: text.index(begin)] + table + text[text.index(end) + len(end) :])
 
 
 def chart_rows(results: Results) -> dict[str, dict[str, dict[str, Row]]]:

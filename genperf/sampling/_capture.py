@@ -104,8 +104,9 @@ _OVERWRITES = ("copy_", "fill_", "zero_")
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, expected: Recording | None) -> None:
         super().__init__()
+        self._expected = expected
         self.calls: list[Call] = []
         self.host_reads: list[str] = []
         self.module = ""
@@ -175,8 +176,19 @@ class _Recorder(TorchDispatchMode):
             Value(len(self.calls), i, tuple(r.shape), r.dtype) if isinstance(r, Tensor) else None
             for i, r in enumerate(like if many else [like])
         )
-        self.calls.append(Call(target, args, kwargs, results, self.module))
+        call = Call(target, args, kwargs, results, self.module)
+        if self._expected is not None:
+            self._compare(call)
+            call = Call(target, (), {}, results, self.module)  # constants may be large
+        self.calls.append(call)
         return results if many else results[0]
+
+    def _compare(self, call: Call) -> None:
+        assert self._expected is not None
+        calls = self._expected.calls
+        same = len(self.calls) < len(calls) and _equal(call, calls[len(self.calls)])
+        if not same:
+            raise CaptureError(f"{call.name}: what the model computes depends on the values of its input")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -329,29 +341,29 @@ def record(
     example: Tensor,
     arguments: Sequence[Any] = (),
     keywords: Mapping[str, Any] | None = None,
+    expected: Recording | None = None,
 ) -> Recording:
-    """Run ``call(example, *arguments, **keywords)`` once and record what depends on ``example``."""
-    recorder = _Recorder()
+    """Run ``call(example, *arguments, **keywords)`` once and record what depends on ``example``.
+
+    Raises:
+        CaptureError: if the model cannot be recorded, or if it does not run the program of ``expected``,
+            on the same constants. The recording has no constants then.
+    """
+    recorder = _Recorder(expected)
     example = example.clone()
     with torch.no_grad(), _plain_attention(), _module_names(model, recorder), recorder:
         start = recorder.start(example)
         output = call(example, *arguments, **(keywords or {}))
         symbolic = tree_map(recorder.read, output)
+    if expected is not None and len(expected.calls) > len(recorder.calls):
+        name = expected.calls[len(recorder.calls)].name
+        raise CaptureError(f"{name}: what the model computes depends on the values of its input")
     return Recording(start, recorder.calls, symbolic, recorder.host_reads)
 
 
-def same_program(a: Recording, b: Recording) -> str | None:
-    """None if two recordings run the same calls on the same constants; else the first that differs."""
-    for x, y in zip(a.calls, b.calls, strict=False):
-        if x.target != y.target or not _equal((x.args, x.kwargs), (y.args, y.kwargs)):
-            return x.name
-    if len(a.calls) != len(b.calls):
-        longer = a if len(a.calls) > len(b.calls) else b
-        return longer.calls[min(len(a.calls), len(b.calls))].name
-    return None
-
-
 def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Call):
+        return a.target == b.target and _equal((a.args, a.kwargs), (b.args, b.kwargs))
     if isinstance(a, Value):
         return isinstance(b, Value) and (a.call, a.index, a.shape) == (b.call, b.index, b.shape)
     if isinstance(a, Tensor):

@@ -96,11 +96,16 @@ def _attend(state: Lowering, scores: Scores, v: Sym, dims: tuple[Dim, ...], dim_
     count = allowed.sum(1)
     if not bool((allowed == (torch.arange(length)[None] < count[:, None])).all()):
         raise state.fail("an attention mask must allow a prefix of the cells in raster order")
-    count = torch.where(count == 0, length, count)  # a softmax over masked scores alone looks everywhere
-    if scores.dead is not None:
-        count = torch.where(scores.dead, 0, count)
+    dead = torch.zeros(length, dtype=torch.bool) if scores.dead is None else scores.dead
+    name = state.name
+    blind = (count == 0) & ~dead
+    if bool(blind.any()):  # a softmax over masked scores alone looks everywhere
+        cell = divmod(int(blind.nonzero()[0]), cols)
+        name += f", whose mask leaves pixel {cell} no key, so that its softmax is over all of them,"
+        count = torch.where(blind, length, count)
+    count = torch.where(dead, 0, count)
     node = AttentionNode(
-        state.name, rows, cols, scores.heads * dim_v, scores.q, scores.k, state.plain_ref(v),
+        name, rows, cols, scores.heads * dim_v, scores.q, scores.k, state.plain_ref(v),
         scores.heads, scores.dim_k, dim_v, scores.scale, count,
     )  # fmt: skip
     return Sym(state.add(node), dims)

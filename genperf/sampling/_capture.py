@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -75,7 +76,7 @@ class Recording:
 class _Root:
     """A storage with something in it that depends on the input, or did; ``value`` is what it holds."""
 
-    storage: torch.UntypedStorage
+    storage: StorageWeakRef  # as long as it lives, no other storage has its address
     geometry: tuple[Any, ...]
     value: Value | Tensor
     views: dict[Any, Value | Tensor] = field(default_factory=dict)  # of (value, steps): that part of it
@@ -93,6 +94,15 @@ def _is_contiguous(geometry: tuple[Any, ...]) -> bool:
             return False
         size *= n
     return True
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy that stays expanded where the tensor is."""
+    kept = tensor
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            kept = kept.narrow(dim, 0, 1)
+    return kept.clone().expand_as(tensor)
 
 
 def _is_value(a: Any) -> bool:
@@ -121,7 +131,7 @@ class _Recorder(TorchDispatchMode):
 
     def _bind(self, tensor: Tensor, value: Value | Tensor) -> _Root:
         storage = tensor.untyped_storage()
-        root = self._roots[storage._cdata] = _Root(storage, _geometry(tensor), value)
+        root = self._roots[storage._cdata] = _Root(StorageWeakRef(storage), _geometry(tensor), value)
         self._chains[tensor] = (root.geometry, ())
         return root
 
@@ -137,7 +147,7 @@ class _Recorder(TorchDispatchMode):
             return a
         root = self._root(a)
         if root is None:  # what is constant may be written to later
-            return a.detach().clone()
+            return _copy(a.detach())
         return self._part(root, root.value, self._steps(root, a))
 
     def _steps(self, root: _Root, tensor: Tensor) -> tuple[Step, ...]:
@@ -276,8 +286,8 @@ class _Recorder(TorchDispatchMode):
         (shape, stride, offset, dtype), _ = self._chains.get(target, (_geometry(target), ()))
         whole = torch.empty(0, dtype=dtype, device=target.device)
         whole.set_(target.untyped_storage(), offset, shape, stride)
-        root = _Root(target.untyped_storage(), _geometry(whole), whole.clone())
-        self._roots[root.storage._cdata] = root
+        storage = target.untyped_storage()
+        root = self._roots[storage._cdata] = _Root(StorageWeakRef(storage), _geometry(whole), whole.clone())
         return root
 
     def _replace(self, root: _Root, steps: tuple[Step, ...], part: Value | Tensor) -> None:

@@ -80,7 +80,6 @@ def compile(
     two = {n: t[:2] for n, t in own.items()}
     interface, parameters = _interface(recorded, sizes, head, feedback, two)
     interface, graph = _graph(recorded, interface, feedback, two)
-    # Threads that have images of their own are at different slots: one's buffer must not be another's.
     made = plan(graph, interface.head, interface.feedback)
     sampler = Sampler(interface, made, own, recorded, executor, device)
     sampler._recorded_with(two)

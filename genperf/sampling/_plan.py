@@ -21,6 +21,7 @@ from genperf.sampling._ir import (
     Source,
     Window,
 )
+from genperf.sampling._layout import plain
 from genperf.sampling._schedule import NEVER, Schedule, Task, schedule
 from genperf.sampling._simplify import simplify
 from genperf.sampling._verify import Cells, check_causal, when_known
@@ -56,6 +57,8 @@ def plan(graph: Graph, head: Description, feedback: Feedback) -> Plan:
     """
     check_causal(graph, when_known(graph, head.draws), _draw_of_channel(head, graph.output.channels))
     graph = simplify(graph, head.draws)
+    # Heads read cells: not the zeros beside a node that a shift of the output brings in.
+    graph.output = plain(graph.output, graph.input.rows, graph.input.cols, graph.nodes, "the model's output")
     made = schedule(graph, when_known(graph, head.draws))
     return _Emitter(graph, made).plan(head, feedback)
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    "family", ["pixelcnn_raw"]
+    "family", ["gated_pixelcnn_class", "pixelcnn_rgb", "pixelcnnpp_grey", "pixelsnail", "wavenet"]
 )
 def test_the_kernel_draws_what_the_cpu_does(family):
     tiny = models.tiny_model(family)

@@ -33,7 +33,8 @@ given = torch.arange(5)[:, None, None].expand(5, *tiny.shape)
 drawn["seed"] = sampler.sample(5, seed=3, cond=cond, distributed=True)
 drawn["known"] = sampler.sample(5, seed=3, cond=cond, distributed=True, prefix=(given, known))
 drawn["own"] = sampler.sample(5, cond=cond, distributed=True)
-drawn["generator"] = sampler.sample(1, generator=torch.Generator().manual_seed(8), cond={"label": cond["label"][:1]}, distributed=True)
+generator, one = torch.Generator().manual_seed(8), {"label": cond["label"][:1]}
+drawn["generator"] = sampler.sample(1, generator=generator, cond=one, distributed=True)
 torch.save(drawn, directory + "/" + str(rank))
 torch.distributed.destroy_process_group()
 """

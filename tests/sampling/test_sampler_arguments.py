@@ -217,6 +217,7 @@ def test_dropout_by_a_function_is_named():
 
 
 def test_too_little_memory_says_how_much_is_needed(sampler, monkeypatch):
+    monkeypatch.setattr("genperf.sampling._memory.SMALL", 0)
     monkeypatch.setattr("genperf.sampling._memory.available", lambda device: 9000)
     message = (
         r"batch is 100: the plan needs \d+ bytes for an image.*9000 are free on cpu, where a batch of \d+"

@@ -45,6 +45,10 @@ def accept(p):
 # Descriptions
 
 
+def _name(argument: object) -> str:
+    return "callback" if isinstance(argument, heads.Callback) else str(argument)
+
+
 @pytest.mark.parametrize(
     ("description", "parameters", "draws", "values", "noises"),
     [
@@ -56,7 +60,7 @@ def accept(p):
         (LogisticMixture(5, 1), 15, 1, 1, 2),
         (Callback(lambda params, noise, draw: params[:, 0], 2, 3), None, 2, 2, 6),
     ],
-    ids=str,
+    ids=_name,
 )
 def test_counts(description, parameters, draws, values, noises):
     assert description.parameters == parameters

@@ -46,7 +46,7 @@ def accept(p):
 
 
 def _name(argument: object) -> str:
-    return "callback" if isinstance(argument, heads.Callback) else str(argument)
+    return "callback" if isinstance(argument, Callback) else str(argument)
 
 
 @pytest.mark.parametrize(

@@ -157,14 +157,3 @@ def fitting_cond(
         if tensor.dtype != own[name].dtype:
             raise TypeError(f"{where}: cond[{name!r}] is {tensor.dtype}, expected {own[name].dtype}")
     return cond
-
-
-def part_of(cond: Mapping[str, Tensor], images: range) -> dict[str, Tensor]:
-    """The rows of some images."""
-    return {n: t if len(t) == 1 else t[images.start : images.stop] for n, t in cond.items()}
-
-
-def same_cond(a: Mapping[str, Tensor] | None, b: Mapping[str, Tensor] | None) -> bool:
-    if a is None or b is None or a.keys() != b.keys():
-        return False
-    return all(a[n].shape == b[n].shape and torch.equal(a[n], b[n].to(a[n].device)) for n in a)

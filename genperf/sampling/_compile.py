@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from genperf.sampling import _arguments as arguments
 from genperf.sampling import _probe
+from genperf.sampling._conditioning import row_keys
 from genperf.sampling._errors import CaptureError
-from genperf.sampling._executors import build, choose, with_images
+from genperf.sampling._executors import choose
 from genperf.sampling._feedback import Feedback, Scaled
 from genperf.sampling._interface import Interface, find_feedback, find_head
 from genperf.sampling._ir import EmbedNode, Graph, Ref
-from genperf.sampling._model import check_mode, device_of, first_tensor, preserved, unwrapped
+from genperf.sampling._model import check_mode, device_of, fingerprint, first_tensor, preserved, unwrapped
 from genperf.sampling._plan import plan
+from genperf.sampling._planned import Planned
 from genperf.sampling._recorded import Recorded, expanded
 from genperf.sampling._sampler import Sampler
 from genperf.sampling.heads import Description
@@ -77,14 +79,17 @@ def compile(
     check_mode(recorded.model)
     place = device_of(recorded.model) if device is None else torch.device(device)
     choose(executor, place)
-    two = {n: t[:2] for n, t in own.items()}
-    interface, parameters = _interface(recorded, sizes, head, feedback, two)
-    interface, graph = _graph(recorded, interface, feedback, two)
+    keys = row_keys(own, range(min(2, arguments.rows_of(own))))
+    first = {n: t[: len(set(keys))] for n, t in own.items()}
+    interface, parameters = _interface(recorded, sizes, head, feedback, first)
+    interface, graph = _graph(recorded, interface, feedback, first)
     made = plan(graph, interface.head, interface.feedback)
-    sampler = Sampler(interface, made, own, recorded, executor, device)
-    sampler._recorded_with(two)
+    recorded.seen = fingerprint(recorded.model)
+    planned = Planned(interface, made, recorded)
+    planned.add(list(dict.fromkeys(keys)))
+    sampler = Sampler(planned, own, executor, device)
     if probe:
-        _check(sampler, recorded, two, parameters)
+        _check(sampler, recorded, first, parameters)
     return sampler
 
 
@@ -158,11 +163,11 @@ def _looks_up(graph: Graph) -> bool:
 def _check(sampler: Sampler, recorded: Recorded, cond: dict[str, Tensor], parameters: int) -> None:
     interface = sampler._interface
     one = {n: t[:1] for n, t in cond.items()}
-
-    def call(values: Tensor) -> Any:
-        with torch.no_grad(), preserved(recorded.model):
-            return recorded.call(interface, values, one)
-
-    _probe.check_future(interface, call, parameters)
-    checked = build(sampler.executor, with_images(sampler.program, None), sampler._device)
-    sampler.probe_error, sampler._channels_last = _probe.compare(interface, checked, call, parameters)
+    values, slots = _probe.probes(interface)
+    with torch.no_grad(), preserved(recorded.model):
+        output = recorded.call(interface, values, one)
+    _probe.check_future(interface, output, slots, parameters)
+    executor = sampler._prepared(one, range(1))
+    sampler.probe_error, sampler._channels_last = _probe.compare(
+        interface, executor, values[:1], output, parameters
+    )

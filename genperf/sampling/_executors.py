@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -62,15 +61,3 @@ def build(name: str, program: Program, device: torch.device) -> Executor:
     from genperf.sampling._reference import ReferenceExecutor
 
     return ReferenceExecutor(program, device)
-
-
-def with_images(program: Program, images: range | None) -> Program:
-    """The program with the constants of some of the recorded images; None: those of the first, for all."""
-    tensors = list(program.tensors)
-    if images is None:
-        return replace(program, consts=[replace(c, stride_b=0) for c in program.consts])
-    for const in program.consts:
-        if const.stride_b:
-            flat = program.tensors[const.index].reshape(-1)
-            tensors[const.index] = flat[images.start * const.stride_b : images.stop * const.stride_b]
-    return replace(program, tensors=tensors)

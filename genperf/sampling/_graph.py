@@ -18,7 +18,7 @@ from genperf.sampling._lower import lower, output_value
 def capture(
     model: nn.Module,
     example: Tensor,
-    other: Tensor,
+    other: Tensor | None,
     classes: int | None = None,
     arguments: Sequence[Any] = (),
     keywords: Mapping[str, Any] | None = None,
@@ -28,7 +28,8 @@ def capture(
     Args:
         example: an input of at least two images: class indices int64 [B, H, W] or [B, T], or floats
             [B, C, H, W] or [B, C, T].
-        other: another input of that shape, for which the model must run the same program.
+        other: another input of that shape, for which the model must run the same program; None where that
+            is known.
         classes: number of classes of an integer input.
 
     Raises:
@@ -36,7 +37,8 @@ def capture(
             depends on the values of the input; the message names the module and the operation.
     """
     first = record(model, model, example, arguments, keywords)
-    record(model, model, other, arguments, keywords, expected=first)
+    if other is not None:
+        record(model, model, other, arguments, keywords, expected=first)
     index = not example.is_floating_point()
     spatial = example.shape[1 if index else 2 :]
     kinds = ("X",) if len(spatial) == 1 else ("Y", "X")

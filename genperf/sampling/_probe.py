@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from genperf.sampling._errors import CaptureError, CausalityError
 from genperf.sampling._interface import Interface
+from genperf.sampling._model import first_tensor
 from genperf.sampling._program import HeadKind
 
 POSITIONS = 5  # at which the future is perturbed
@@ -34,34 +35,40 @@ def perturbed(interface: Interface, values: Tensor, slot: int) -> Tensor:
     return out.view_as(values)
 
 
-def check_future(interface: Interface, call: Callable[[Tensor], Any], parameters: int) -> None:
-    """Change everything from some draws on, and see what the model gives for these draws and those before.
+def probes(interface: Interface) -> tuple[Tensor, list[int]]:
+    """Random values of one image, and the same with others from some draws on: [1 + slots, rows, cols, V];
+    the slots of these draws."""
+    count = interface.rows * interface.cols * interface.head.draws
+    values = interface.random_values(1, seed=3)
+    slots = sorted(set(torch.linspace(0, count - 1, POSITIONS).long().tolist()))
+    return torch.cat([values, *(perturbed(interface, values, slot) for slot in slots)]), slots
+
+
+def check_future(interface: Interface, output: Any, slots: Sequence[int], parameters: int) -> None:
+    """See that what the model gives for the draws before a change, and for that one, is not changed.
 
     Args:
-        call: takes values [2, rows, cols, V] and gives the model's output.
+        output: of the model, for the values of :func:`probes`.
 
     Raises:
         CausalityError: if anything changes.
     """
-    head = interface.head
-    slots = interface.rows * interface.cols * head.draws
-    values = interface.random_values(2, seed=3)[:1]
-    picked = torch.linspace(0, slots - 1, min(POSITIONS, slots)).long().tolist()
-    for slot in picked:
-        output = call(torch.cat([values, perturbed(interface, values, slot)]))
-        for params in interface.parameters(output, 2).values():
-            change = (params[0] - params[1]).abs().float()  # [P, cells]
-            pixel, draw = divmod(slot, head.draws)
+    draws = interface.head.draws
+    ways = interface.parameters(output, 1 + len(slots)).values()
+    for number, slot in enumerate(slots, start=1):
+        pixel, draw = divmod(slot, draws)
+        changes = []
+        for params in ways:
+            change = (params[0] - params[number]).abs().float()  # [P, cells]
             seen = change[:, :pixel].max().item() if pixel else 0.0
             for d in range(draw + 1):
-                channels = interface.read_by_draw(d, parameters)
-                seen = max([seen, *change[channels, pixel].tolist()])
-            if not seen > _DEAD * max(1.0, params.abs().max().item()):
-                break
-        else:
+                seen = max([seen, *change[interface.read_by_draw(d, parameters), pixel].tolist()])
+            changes.append(seen)
+        most = _DEAD * max(1.0, first_tensor(output).abs().max().item())
+        if min(changes) > most:
             y, x = divmod(pixel, interface.cols)
             raise CausalityError(
-                f"the model's output at pixel ({y}, {x}) or before it changes by {seen:.3g} when "
+                f"the model's output at pixel ({y}, {x}) or before it changes by {min(changes):.3g} when "
                 f"{'later channels of it and ' if draw else ''}later pixels change, though its operations do "
                 "not show it: it looks at the future in a way that the recording missed"
             )
@@ -88,20 +95,22 @@ def forced_parameters(executor: Any, values: Tensor, parameters: int) -> Tensor:
 
 
 def compare(
-    interface: Interface, executor: Any, call: Callable[[Tensor], Any], parameters: int
+    interface: Interface, executor: Any, values: Tensor, output: Any, parameters: int
 ) -> tuple[float, bool]:
     """The largest difference between the program's parameters and the model's, and whether the model's
     output has its channels last.
+
+    Args:
+        values: [1, rows, cols, V]; ``output`` is the model's for these first.
 
     Raises:
         CaptureError: if it is more than rounding.
     """
     head = interface.head
-    values = interface.random_values(2, seed=4)
-    output = call(values)
-    own = forced_parameters(executor, values[:1], parameters)
+    own = forced_parameters(executor, values, parameters)
+    batch = first_tensor(output).numel() // (parameters * interface.rows * interface.cols)
     found = {}
-    for last, params in interface.parameters(output, 2).items():
+    for last, params in interface.parameters(output, batch).items():
         error = 0.0
         for draw in range(head.draws):
             channels = interface.read_by_draw(draw, parameters)

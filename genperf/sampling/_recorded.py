@@ -24,8 +24,12 @@ class Recorded:
     fixed: dict[str, Any]
     seen: Any = None  # fingerprint
 
-    def graph(self, interface: Interface, cond: Mapping[str, Tensor]) -> Graph:
-        """A recording of an image for each row of ``cond``, of two at least."""
+    def graph(self, interface: Interface, cond: Mapping[str, Tensor], again: bool = True) -> Graph:
+        """A recording of an image for each row of ``cond``, of two at least.
+
+        Args:
+            again: see by a second one, with other pixels, that the program does not depend on these.
+        """
         model, images = self.model, max(2, rows_of(cond))
         check_mode(model)
         device, dtype = device_of(model), dtype_of(model)
@@ -35,7 +39,8 @@ class Recorded:
         )
         keywords = {**self.fixed, **expanded(cond, images, device)}
         with preserved(model):
-            return capture(interface.adapted(model), first, second, interface.classes, (), keywords)
+            other = second if again else None
+            return capture(interface.adapted(model), first, other, interface.classes, (), keywords)
 
     def call(self, interface: Interface, values: Tensor, cond: Mapping[str, Tensor]) -> Any:
         """The model's output for values [B, rows, cols, V]."""

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 from genperf.sampling import _arguments as arguments
 from genperf.sampling import _share, _store, heads
-from genperf.sampling._errors import CaptureError
-from genperf.sampling._executors import Executor, build, choose, with_images
+from genperf.sampling._conditioning import Table
+from genperf.sampling._executors import Executor, build, choose
 from genperf.sampling._explain import explain
 from genperf.sampling._interface import Interface
 from genperf.sampling._memory import Need, is_out_of_memory
-from genperf.sampling._model import device_of, fingerprint, unwrapped
-from genperf.sampling._plan import Plan, plan, refill
+from genperf.sampling._model import device_of, unwrapped
+from genperf.sampling._plan import Plan
+from genperf.sampling._planned import NO_MODEL, Planned
 from genperf.sampling._program import HeadKind, Program
 from genperf.sampling._recorded import Recorded
 from genperf.sampling._run import Run, parts_of, progress_bar
 
 FORMAT, VERSION = "genperf.sampling", 1
-_NO_MODEL = "this sampler was loaded without its model; give model to Sampler.load"
 
 
 class Sampler:
@@ -48,21 +48,17 @@ class Sampler:
 
     def __init__(
         self,
-        interface: Interface,
-        plan: Plan,
+        planned: Planned,
         cond: dict[str, Tensor],
-        recorded: Recorded | None,
         executor: str,
         device: torch.device | str | None,
     ) -> None:
-        self.plan = plan
         self.probe_error: float | None = None
-        self._interface = interface
+        self._planned = planned
+        self._interface = planned.interface
         self._cond = cond  # of compile
-        self._now: dict[str, Tensor] | None = None  # the conditioning in the plan's constants
-        self._recorded = recorded
         self._asked, self._device_given = executor, device
-        self._executor: tuple[range | None, Executor] | None = None
+        self._executor: tuple[Any, Executor] | None = None
         self._channels_last = False
         self._place()
 
@@ -77,6 +73,10 @@ class Sampler:
     @property
     def feedback(self) -> Any:
         return self._interface.feedback
+
+    @property
+    def plan(self) -> Plan:
+        return self._planned.plan
 
     @property
     def program(self) -> Program:
@@ -142,7 +142,8 @@ class Sampler:
 
         if known is not None and known[1].all():
             return self._interface.sample(known[0][images.start : images.stop].to(self._device))
-        self._notice_changes()
+        self._planned.notice_changes()
+        self._place()
         need = Need(self.program, len(images), self._device)
         parts = parts_of(images, need)
         found = [torch.zeros(0, head.rows, head.cols, head.values, device=self._device)]
@@ -173,8 +174,8 @@ class Sampler:
             TypeError, ValueError: for an argument that does not fit, and for a callback head.
             RuntimeError: for a sampler without its model.
         """
-        if self._recorded is None:
-            raise RuntimeError(f"log_prob: {_NO_MODEL}")
+        if self._planned.recorded is None:
+            raise RuntimeError(f"log_prob: {NO_MODEL}")
         if self.head.kind == HeadKind.CALLBACK:
             raise TypeError("log_prob: a callback head has no likelihood")
         if not isinstance(x, Tensor) or x.shape[1:] != self.shape or len(x) == 0:
@@ -187,7 +188,7 @@ class Sampler:
             raise ValueError(f"log_prob: x has {x[wrong][0].item()}, expected {expected}")
         own = arguments.fitting_cond("log_prob", self._cond, cond, len(x))
         values = self._interface.values(x)
-        found = self._interface.parameters(self._recorded.call(self._interface, values, own), len(x))
+        found = self._interface.parameters(self._planned.recorded.call(self._interface, values, own), len(x))
         params = found.get(self._channels_last, next(iter(found.values())))
         return heads.log_prob(self.head, params, values.permute(0, 3, 1, 2).flatten(2))
 
@@ -198,11 +199,14 @@ class Sampler:
             CaptureError, CausalityError: if the model changed in such a way that it cannot be sampled.
             RuntimeError: for a sampler without its model.
         """
-        self._record(self._cond if self._now is None else self._now)
+        self._planned.stale = True
+        self._planned.learn(self._cond, range(1))
 
     def explain(self, batch: int = 1) -> str:
         """What runs when, its work, and the predicted time of the persistent CUDA kernel on an H100."""
-        self._notice_changes()
+        self._planned.notice_changes()
+        self._planned.learn(self._cond, range(1))
+        self._place()
         made = self.plan
         return explain(made.program, made.roles, made.names, self.executor, self._why, batch)
 
@@ -212,9 +216,8 @@ class Sampler:
         Raises:
             TypeError: for a callback head.
         """
-        self._notice_changes()
-        if self._recorded is not None and not arguments.same_cond(self._cond, self._now):
-            self._record(self._cond)
+        self._planned.notice_changes()
+        self._planned.learn(self._cond, range(arguments.rows_of(self._cond)))
         torch.save({**self._state(), "head": _store.head_to_plain(self.head)}, path)
 
     @staticmethod
@@ -245,7 +248,6 @@ class Sampler:
         return Sampler._from_state({**state, "executor": executor, "device": device}, recorded)
 
     def _state(self) -> dict[str, Any]:
-        cond = self._cond if self._now is None else self._now
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -255,7 +257,9 @@ class Sampler:
             "program": _store.program_to_plain(self.program),
             "names": list(self.plan.names),
             "roles": list(self.plan.roles),
-            "cond": {n: t.detach().cpu() for n, t in cond.items()},
+            "cond": {n: t.detach().cpu() for n, t in self._cond.items()},
+            "rows": dict(self._planned.table.numbers),
+            "table": dict(self._planned.table.tensors),
             "probe_error": self.probe_error,
             "channels_last": self._channels_last,
             "executor": self._asked,
@@ -268,8 +272,8 @@ class Sampler:
         program = _store.program_from_plain(state["program"])
         made = Plan(program, state["names"], state["roles"], state["head"], feedback)
         interface = Interface(tuple(state["shape"]), state["head"], feedback)
-        sampler = Sampler(interface, made, state["cond"], recorded, state["executor"], state["device"])
-        sampler._now = state["cond"]
+        planned = Planned(interface, made, recorded, Table(dict(state["rows"]), dict(state["table"])))
+        sampler = Sampler(planned, state["cond"], state["executor"], state["device"])
         sampler.probe_error = state["probe_error"]
         sampler._channels_last = state["channels_last"]
         return sampler
@@ -278,54 +282,21 @@ class Sampler:
         return Sampler._from_state, (self._state(), None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sampler:
-        recorded = None if self._recorded is None else replace(self._recorded)
-        copied = Sampler._from_state(copy.deepcopy(self._state(), memo), recorded)
-        copied._cond = dict(self._cond)
-        return copied
-
-    def _notice_changes(self) -> None:
-        recorded = self._recorded
-        if recorded is not None and fingerprint(recorded.model) != recorded.seen:
-            self._record(self._cond if self._now is None else self._now)
-
-    def _record(self, cond: Mapping[str, Tensor]) -> None:
-        """Put the model's weights and this conditioning into the plan."""
-        if self._recorded is None:
-            raise RuntimeError(f"sample: a new conditioning has to be recorded; {_NO_MODEL}")
-        graph = self._recorded.graph(self._interface, cond)
-        self._place()
-        if graph.output.channels != (self.head.parameters or graph.output.channels):
-            raise CaptureError(
-                f"the model's output has {graph.output.channels} parameters a pixel now, but head "
-                f"{self.head} reads {self.head.parameters}; compile it again"
-            )
-        if self._recorded.seen is None:
-            refill(self.plan, graph)
-        else:  # weights that were 0, or are now, make another plan
-            self.plan = plan(graph, self.head, self.feedback)
-        self._recorded_with(cond)
-
-    def _recorded_with(self, cond: Mapping[str, Tensor]) -> None:
-        assert self._recorded is not None
-        self._now = {n: t.detach().clone() for n, t in cond.items()}
-        self._recorded.seen = fingerprint(self._recorded.model)
-        self._executor = None
+        recorded = self._planned.recorded and replace(self._planned.recorded)
+        return Sampler._from_state(copy.deepcopy(self._state(), memo), recorded)
 
     def _place(self) -> None:
         """Choose the device and the executor."""
-        given, recorded = self._device_given, self._recorded
+        given, recorded = self._device_given, self._planned.recorded
         own = torch.device("cpu") if recorded is None else device_of(recorded.model)
         self._device = own if given is None else torch.device(given)
         self.executor, self._why = choose(self._asked, self._device)
 
     def _prepared(self, cond: Mapping[str, Tensor], images: range) -> Executor:
         """The executor for some images of the batch that has this conditioning."""
-        here = arguments.part_of(cond, images)
-        if not any(arguments.same_cond(c, self._now) for c in (here, cond)):
-            self._record(here)
-        rows = None
-        if arguments.rows_of(cond) > 1:
-            rows = range(len(images)) if arguments.same_cond(here, self._now) else images
-        if self._executor is None or self._executor[0] != rows:
-            self._executor = rows, build(self.executor, with_images(self.program, rows), self._device)
+        numbers = self._planned.learn(cond, images)
+        key = (self._planned.version, numbers, self.executor, self._device)
+        if self._executor is None or self._executor[0] != key:
+            self._executor = None  # first, to have one at a time in memory
+            self._executor = key, build(self.executor, self._planned.program(numbers), self._device)
         return self._executor[1]

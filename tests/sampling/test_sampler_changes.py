@@ -10,7 +10,7 @@ from torch import nn
 
 from genperf import sampling
 from genperf.nn import autoregressive as ar
-from genperf.sampling import CaptureError, Scaled
+from genperf.sampling import CaptureError, Scaled, heads
 from genperf.sampling._model import fingerprint
 
 
@@ -69,12 +69,43 @@ def test_nothing_is_recorded_again_while_nothing_changes(monkeypatch):
     tiny = models.tiny_model("gated_pixelcnn_class")
     sampler = naive.compiled(tiny)
     cond = models.conditioning(tiny, 3, seed=5)
+    cond["label"] = torch.tensor([2, 1, 2])
     expected = sampler.sample(3, seed=1, cond=cond)
     monkeypatch.setattr("genperf.sampling._recorded.capture", None)
-    assert torch.equal(sampler.sample(3, seed=1, cond={n: t.clone() for n, t in cond.items()}), expected)
-    cond["label"][0] = (cond["label"][0] + 1) % 4
+    assert torch.equal(sampler.sample(3, seed=1, cond={"label": torch.tensor([2, 1, 2])}), expected)
+    assert torch.equal(sampler.sample(1, seed=1, cond={"label": torch.tensor([2])}), expected[:1])
+    assert torch.equal(sampler.sample(2, seed=1, cond={"label": torch.tensor([2, 1])}), expected[:2])
+    cond["label"][0] = 3
     with pytest.raises(TypeError):
         sampler.sample(3, seed=1, cond=cond)
+
+
+def test_rows_of_conditioning_are_forgotten_where_they_take_much_memory(monkeypatch):
+    tiny = models.tiny_model("gated_pixelcnn_class")
+    sampler, other = naive.compiled(tiny), naive.compiled(tiny)
+    expected = {label: other.sample(2, seed=1, cond={"label": torch.tensor([label])}) for label in range(4)}
+    monkeypatch.setattr("genperf.sampling._planned.MOST", 0)
+    for label in (3, 1, 0, 2, 3):
+        assert torch.equal(sampler.sample(2, seed=1, cond={"label": torch.tensor([label])}), expected[label])
+        assert len(sampler._planned.table.numbers) == 1
+    both = sampler.sample(2, seed=1, cond={"label": torch.tensor([1, 3])})
+    assert torch.equal(both[0], expected[1][0])
+    assert torch.equal(both[1], expected[3][1])
+
+
+def test_conditioning_that_makes_another_plan():
+    """Constants that are 0 may have no instruction; others have."""
+    tiny = models.tiny_model("gated_pixelcnn_class")
+    with torch.no_grad():
+        for layer in tiny.model.layers:
+            layer.class_cond_embedding.weight[0] = 0
+            layer.class_cond_embedding.weight[1] = layer.class_cond_embedding.weight[2]
+    sampler = naive.compiled(tiny, executor="reference")
+    for labels in ([0], [1], [0, 2], [2, 0], [0, 3]):
+        cond = {"label": torch.tensor(labels)}
+        noise = heads.make_noise(sampler.program.head, torch.tensor([1, 0]), range(len(labels)))
+        samples = sampler.sample(len(labels), noise=noise, cond=cond)
+        naive.check(tiny, sampler.program.head, samples, noise, cond)
 
 
 def test_refresh_sees_what_is_not_watched():

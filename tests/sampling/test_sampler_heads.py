@@ -48,7 +48,7 @@ class Net(nn.Module):
 def teacher_forced(sampler, model_input, samples, noise, known=None):
     """Every value of the samples is what a draw from the model's own output gives."""
     head, batch = sampler.program.head, len(samples)
-    output = sampler._recorded.model(model_input)
+    output = sampler._planned.recorded.model(model_input)
     params = sampler._interface.parameters(output, batch)[sampler._channels_last]
     pixels = naive.by_pixel(samples.float(), head)
     for pixel in range(pixels.shape[1]):
@@ -192,7 +192,7 @@ def test_fixed_arguments_and_wrappers():
     sampler = sampling.compile(nn.DataParallel(model), (1, 5, 6), Categorical(6), **options)
     noise = heads.make_noise(sampler.program.head, KEY, range(2))
     samples = sampler.sample(2, noise=noise)
-    sampler._recorded.model = lambda x: model(x, extra, True)
+    sampler._planned.recorded.model = lambda x: model(x, extra, True)
     teacher_forced(sampler, samples.float(), samples, noise)
 
 
@@ -225,16 +225,15 @@ def test_the_probe_sees_the_future():
     interface = Interface((1, 5, 6), Categorical(4), Scaled())
     net = Net(1, 4)
 
-    def call(values):
-        x = values.permute(0, 3, 1, 2)
-        return net(x) + hidden * x.sum((2, 3), keepdim=True)
-
-    hidden = 0.0
+    values, slots = _probe.probes(interface)
+    x = values.permute(0, 3, 1, 2)
     with torch.no_grad():
-        _probe.check_future(interface, call, 4)
-        hidden = 1.0
+        seen = net(x)
+        _probe.check_future(interface, seen, slots, 4)
         with pytest.raises(CausalityError, match="in a way that the recording missed"):
-            _probe.check_future(interface, call, 4)
+            _probe.check_future(interface, seen + 0.1 * x.sum((2, 3), keepdim=True), slots, 4)
+        with pytest.raises(CausalityError, match=r"at pixel \(4, 5\) or before it"):
+            _probe.check_future(interface, seen + (torch.arange(30) == 29).view(5, 6) * x, slots, 4)
 
 
 def test_the_probe_sees_a_wrong_program():
@@ -243,12 +242,12 @@ def test_the_probe_sees_a_wrong_program():
     own = sampler._prepared({}, range(1))
     executor = SimpleNamespace(program=own.program, start=own.start, run=own.run, params=own.params)
 
-    def call(values):
-        with torch.no_grad():
-            return tiny.model(values[..., 0].long())
-
-    assert _probe.compare(sampler._interface, executor, call, 9)[0] == sampler.probe_error
+    values, _ = _probe.probes(sampler._interface)
+    with torch.no_grad():
+        output = tiny.model(values[..., 0].long())
+    arguments = sampler._interface, executor, values[:1], output, 9
+    assert _probe.compare(*arguments)[0] == sampler.probe_error
     executor.params = lambda state, slot: own.params(state, slot) + (slot == 41) * 0.01
     with pytest.raises(CaptureError, match="This is a fault of the capture"):
-        _probe.compare(sampler._interface, executor, call, 9)
+        _probe.compare(*arguments)
     assert sampling.compile(tiny.model, tiny.shape, probe=False).probe_error is None

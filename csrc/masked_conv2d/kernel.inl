@@ -5,10 +5,8 @@
 // weights, and the scalars pixels of the source; for the gradient of the weight the packed vectors are
 // gradients, and the scalars again pixels. The source is copied once, by blocks of rows of the image, into
 // a buffer with the zeros around it, so that a pair (channel, tap) is an offset and no index is ever tested.
-#include <cstdlib>
-#include <new>
-
 #include "../common/lanes.h"
+#include "../common/scratch.h"
 #include "plan.h"
 
 namespace genperf {
@@ -42,19 +40,6 @@ GENPERF_HD Vf multiply_add(Vf a, Vf b, Vf c) {
   return a * b + c;
 #endif
 }
-
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t n) : data_(new (std::align_val_t(64)) T[n + 1]) {}
-  ~Scratch() { operator delete[](data_, std::align_val_t(64)); }
-  Scratch(const Scratch&) = delete;
-  T* get() const { return data_; }
-  T& operator[](int64_t i) const { return data_[i]; }
-
- private:
-  T* data_;
-};
 
 // Whether the work pays for waking up threads.
 bool is_large(const LiveConv& a) {

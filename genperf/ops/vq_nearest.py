@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from genperf import _backend
 from genperf._op import Operator
 from genperf.ops.philox_random import FLOATS
 
@@ -27,10 +28,10 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 class VqNearest(NamedTuple):
-    """Results of :func:`vq_nearest`; ``distance`` is None unless asked for."""
+    """Results of :func:`vq_nearest`; ``distances`` is None unless asked for."""
 
-    index: Tensor
-    distance: Tensor | None
+    indices: Tensor
+    distances: Tensor | None
 
 
 # The reference: scores in float64 with a bound of their error, and integers of any size where it overlaps.
@@ -108,7 +109,7 @@ def _distances(x: Tensor, words: Tensor, metric: int) -> Tensor:
 
 
 def _reference(
-    x: Tensor, codebook: Tensor, metric: int, k: int, want_distance: bool
+    x: Tensor, codebook: Tensor, metric: int, k: int, want_distances: bool
 ) -> tuple[Tensor, Tensor | None]:
     indices, distances = [], []
     n_codewords, dim = codebook.shape[1:]
@@ -127,13 +128,13 @@ def _reference(
                 index[good, :found] = usable[_search(rows[good], book[usable], metric, found)]
             index[~good] = torch.arange(k, device=x.device)
             indices.append(index)
-            if want_distance:
+            if want_distances:
                 distance = _distances(rows, book[index], metric)
                 distance[~(good[:, None] & finite[index])] = torch.nan
                 distances.append(distance)
     shape = [*x.shape[:-1], k]
     return _joined(indices, shape, x, torch.int64), (
-        _joined(distances, shape, x, _distance_dtype(x)) if want_distance else None
+        _joined(distances, shape, x, _distance_dtype(x)) if want_distances else None
     )
 
 
@@ -146,20 +147,38 @@ def _distance_dtype(x: Tensor) -> torch.dtype:
 
 
 def _outputs(
-    x: Tensor, codebook: Tensor, metric: int, k: int, want_distance: bool
+    x: Tensor, codebook: Tensor, metric: int, k: int, want_distances: bool
 ) -> tuple[Tensor, Tensor | None]:
     shape = [*x.shape[:-1], k]
     return x.new_empty(shape, dtype=torch.int64), (
-        x.new_empty(shape, dtype=_distance_dtype(x)) if want_distance else None
+        x.new_empty(shape, dtype=_distance_dtype(x)) if want_distances else None
     )
+
+
+def _cpu(
+    x: Tensor, codebook: Tensor, metric: int, k: int, want_distances: bool
+) -> tuple[Tensor, Tensor | None]:
+    indices, distances = _outputs(x, codebook, metric, k, want_distances)
+    _backend.native.cpu.vq_nearest(x, codebook, indices, distances, metric)  # type: ignore[union-attr]
+    return indices, distances
+
+
+def _refuses(x: Tensor, codebook: Tensor, *_: Any) -> str | None:
+    if x.dtype not in _NATIVE_DTYPES:
+        return f"{x.dtype} is left to the reference"
+    if x.dim() > 8:
+        return f"{x.dim()} dimensions, at most 8"
+    return None if codebook.shape[1] < 2**31 else f"{codebook.shape[1]} codewords, below 2^31"
 
 
 _op = Operator(
     "vq_nearest",
-    "(Tensor x, Tensor codebook, int metric, int k, bool want_distance) -> (Tensor index, Tensor distance)",
+    "(Tensor x, Tensor codebook, int metric, int k, bool want_distances)"
+    " -> (Tensor indices, Tensor distances)",
     _reference,
     _outputs,
 )
+_op.implement("cpu", _cpu, _refuses)
 
 
 def vq_nearest(
@@ -203,8 +222,8 @@ def vq_nearest(
         return_distance: whether to compute the distances too.
 
     Returns:
-        :class:`VqNearest`: ``index``, int64 [*] or [*, k], the shape of ``x`` without ``dim``; and
-        ``distance``, of that shape, float32 (float64 for float64), or None.
+        :class:`VqNearest`: ``indices``, int64 [*] or [*, k], the shape of ``x`` without ``dim``; and
+        ``distances``, of that shape, float32 (float64 for float64), or None.
 
     Raises:
         TypeError: for a non-tensor, a dtype that is not as above, or arguments of other types.
@@ -216,12 +235,12 @@ def vq_nearest(
     heads = codebook.dim() == 3
     if not heads:
         x, codebook = x[None], codebook[None]
-    index, distance = _op(x, codebook, METRICS[metric], 1 if k is None else k, return_distance)
+    indices, distances = _op(x, codebook, METRICS[metric], 1 if k is None else k, return_distance)
     if not heads:
-        index, distance = index[0], distance[0] if return_distance else None
+        indices, distances = indices[0], distances[0] if return_distance else None
     if k is None:
-        index, distance = index[..., 0], distance[..., 0] if return_distance else None
-    return VqNearest(index, distance if return_distance else None)
+        indices, distances = indices[..., 0], distances[..., 0] if return_distance else None
+    return VqNearest(indices, distances if return_distance else None)
 
 
 def _check(x: Any, codebook: Any, metric: Any, dim: Any, k: Any, return_distance: Any) -> None:

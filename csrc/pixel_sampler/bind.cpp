@@ -33,7 +33,7 @@ std::unique_ptr<Plan> make_plan(View head, View buffers, View consts, View opera
   t.segment_count = segment_count;
   for (const View& v : tensors) {
     t.tensors.push_back(v.data);
-    t.tensor_rows.push_back(v.ndim > 0 ? v.shape[0] : 1);
+    t.tensor_sizes.push_back(v.numel());
   }
   for (const View& v : weights) t.weights.push_back(data<float>(v));
   return std::make_unique<Plan>(t);

@@ -61,17 +61,20 @@ Plan::Plan(const Tables& t)
     : head(*t.head),
       instructions_(t.instructions, t.instructions + t.instruction_count),
       tensors_(t.tensors),
-      tensor_rows_(t.tensor_rows) {
+      tensor_sizes_(t.tensor_sizes) {
   // Coordinates that can occur.
   int64_t largest = std::max(head.rows, head.cols);
   for (int64_t i = 0; i < t.segment_count; ++i)
     largest = std::max<int64_t>({largest, t.segments[i].row + 1, t.segments[i].col + t.segments[i].cols});
   int64_t scale = 1, shift = 0, taps = 0, tap_count = 0;
   for (const Instruction& i : instructions_) {
-    if (i.kind != Kind::kConv) continue;
-    scale = std::max(scale, i.conv.num);
-    taps = std::max(taps, i.conv.tap_end - i.conv.tap_begin);
-    tap_count = std::max(tap_count, i.conv.tap_end);
+    if (i.kind != Kind::kConv && i.kind != Kind::kEmbed) continue;
+    const bool conv = i.kind == Kind::kConv;
+    const int64_t tap_begin = conv ? i.conv.tap_begin : i.embed.tap_begin;
+    const int64_t tap_end = conv ? i.conv.tap_end : i.embed.tap_end;
+    if (conv) scale = std::max(scale, i.conv.num);
+    taps = std::max(taps, tap_end - tap_begin);
+    tap_count = std::max(tap_count, tap_end);
   }
   taps_.assign(t.taps, t.taps + tap_count);
   for (const Tap& tap : taps_) shift = std::max({shift, std::abs(tap.dy), std::abs(tap.dx)});
@@ -121,10 +124,12 @@ Plan::Plan(const Tables& t)
       channels = std::max(channels, i.pointwise.channels);
     } else if (i.kind == Kind::kAttention) {
       const int64_t* count = static_cast<const int64_t*>(tensors_[i.attention.count]);
-      const int64_t keys = *std::max_element(count, count + tensor_rows_[i.attention.count]);
+      const int64_t keys = *std::max_element(count, count + tensor_sizes_[i.attention.count]);
       channels = std::max(channels, i.attention.heads * std::max(i.attention.dim_k, i.attention.dim_v));
       scratch_scores = std::max(scratch_scores, i.attention.heads * padded(keys));
       pointers = std::max(pointers, 2 * keys);
+    } else {
+      channels = std::max(channels, i.embed.channels);
     }
     products_.push_back(p);
   }
@@ -139,7 +144,7 @@ Plan::Plan(const Tables& t)
   segments = t.segments;
   slot_begin = t.slot_begin;
   tensors = tensors_.data();
-  tensor_rows = tensor_rows_.data();
+  tensor_sizes = tensor_sizes_.data();
   zeros = zeros_.data();
   scratch_pointers =
       padded(pointers * static_cast<int64_t>(sizeof(const float*)) / static_cast<int64_t>(sizeof(float)));

@@ -34,7 +34,8 @@ __device__ __forceinline__ void run_entry(const Context& c, const Step& s, const
     case StepKind::kAttention:
       return run_attention(c, s, e);
     case StepKind::kEmbed:
-      return run_embed(c, s, e);
+      if (s.out.vectors) return run_embed<4>(c, s, e);
+      return run_embed<1>(c, s, e);
     case StepKind::kClear:
       return run_clear(c, s, e);
     case StepKind::kDraw:

@@ -61,19 +61,57 @@ void run_pointwise(const Context& c, const Pointwise& i, const Segment& s) {
   }
 }
 
+// out[0, kVectors) = from + the sum of some rows, in order.
+template <int kVectors>
+void add_channels(const float* const* rows, int count, int64_t channel, const float* from, float* out) {
+  Nf sum[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) sum[v] = load_native(from + channel + v * kNativeLanes);
+  for (int r = 0; r < count; ++r) {
+    const float* row = rows[r] + channel;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sum[v] += load_native(row + v * kNativeLanes);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) store_native(out + channel + v * kNativeLanes, sum[v]);
+}
+
+void add_rows(const float* const* rows, int count, int64_t channels, const float* from, float* out) {
+  constexpr int kWide = 8;
+  int64_t n = 0;
+  for (; n + kWide * kNativeLanes <= channels; n += kWide * kNativeLanes)
+    add_channels<kWide>(rows, count, n, from, out);
+  for (; n + kNativeLanes <= channels; n += kNativeLanes) add_channels<1>(rows, count, n, from, out);
+  for (; n < channels; ++n) {
+    float sum = from[n];
+    for (int r = 0; r < count; ++r) sum += rows[r][n];
+    out[n] = sum;
+  }
+}
+
 void run_embed(const Context& c, const Embed& i, const Segment& s, const float* values) {
   const Head& head = c.plan.head;
-  const float* table = static_cast<const float*>(c.plan.tensors[i.table]);
-  const int64_t rows = c.plan.tensor_rows[i.table];
+  const Tap* taps = c.plan.taps + i.tap_begin;
+  const int64_t tap_count = i.tap_end - i.tap_begin;
+  const int64_t classes = c.plan.tensor_sizes[i.table] / (tap_count * i.channels);
+  const Source* init = i.init < 0 ? nullptr : c.plan.sources + i.init;
   const Target& target = c.plan.targets[i.out];
   for (int64_t x = s.col; x < s.col + s.cols; ++x) {
+    const Cell from = init ? read(c, *init, s.row, x) : Cell{c.plan.zeros, 0};
     float* out = write(c, target, s.row, x) + i.out_channel;
-    for (int64_t image = 0; image < c.images; ++image, out += target.channels) {
-      const int64_t pixel = ((c.first + image) * head.rows + s.row) * head.cols + x;
-      const float value = values[pixel * head.values + i.draw];
-      // Of a known value that is out of range, or NaN: a row that exists.
-      const int64_t row = value >= 0.0f && value < static_cast<float>(rows) ? static_cast<int64_t>(value) : 0;
-      std::memcpy(out, table + row * i.channels, i.channels * sizeof(float));
+    for (int64_t image = 0; image < c.images; ++image) {
+      const float* drawn = values + (c.first + image) * head.rows * head.cols * head.values + i.draw;
+      const float* table = static_cast<const float*>(c.plan.tensors[i.table]);
+      int count = 0;
+      for (int64_t t = 0; t < tap_count; ++t, table += classes * i.channels) {
+        const int64_t row = s.row + taps[t].dy, col = x + taps[t].dx;
+        if (row < 0 || row >= head.rows || col < 0 || col >= head.cols) continue;
+        const float value = drawn[(row * head.cols + col) * head.values];
+        // Of a value that is no class, or NaN: a row that exists.
+        const bool valid = value >= 0.0f && value < static_cast<float>(classes);
+        c.pointers[count++] = table + (valid ? static_cast<int64_t>(value) : 0) * i.channels;
+      }
+      add_rows(c.pointers, count, i.channels, from.p + image * from.stride, out + image * target.channels);
     }
   }
 }

@@ -61,7 +61,7 @@ struct Tables {
   const int64_t* slot_begin;  // slots + 1
   int64_t buffer_count, operand_count, instruction_count, segment_count;
   std::vector<const void*> tensors;   // float32, or int64 for counts
-  std::vector<int64_t> tensor_rows;   // size of the first dimension
+  std::vector<int64_t> tensor_sizes;  // elements
   std::vector<const float*> weights;  // packed
 };
 
@@ -82,11 +82,11 @@ class Plan {
   const Segment* segments;
   const int64_t* slot_begin;
   const void* const* tensors;
-  const int64_t* tensor_rows;
+  const int64_t* tensor_sizes;
   const float* zeros;  // as many as any operand has channels
 
   // Scratch memory of a thread, in floats: each part begins at a multiple of 16.
-  int64_t scratch_pointers;  // to the rows of a convolution's taps
+  int64_t scratch_pointers;  // to the rows that taps read
   int64_t scratch_pieces;
   int64_t scratch_needed;  // which taps are
   int64_t scratch_scores;  // of attention
@@ -103,7 +103,7 @@ class Plan {
   std::vector<Piece> pieces_;
   std::vector<Tap> taps_;
   std::vector<const void*> tensors_;
-  std::vector<int64_t> tensor_rows_;
+  std::vector<int64_t> tensor_sizes_;
   std::vector<float> zeros_;
   std::vector<std::vector<int32_t>> rings_;
   std::vector<std::pair<int64_t, int64_t>> ring_keys_;

@@ -16,6 +16,15 @@ __device__ __forceinline__ void load_channels(const float* from, int64_t stride,
   }
 }
 
+template <int kWidth>
+__device__ __forceinline__ void store_channels(float* to, const float (&x)[kWidth]) {
+  if constexpr (kWidth == 4) {
+    *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+  } else {
+    *to = x[0];
+  }
+}
+
 // Elements are numbered by cell and channel; a member does all, or every size-th part of a shared step.
 template <int kWidth>
 __device__ __forceinline__ void run_pointwise(const Context& c, const Step& s, const Entry& e) {
@@ -32,25 +41,35 @@ __device__ __forceinline__ void run_pointwise(const Context& c, const Step& s, c
     load_channels<kWidth>(from_b ? from_b + int64_t{channel} * s.b.stride_c : nullptr, s.b.stride_c, vb);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) va[i] = pointwise(static_cast<Op>(s.op), va[i], vb[i], s.p, s.q);
-    float* out = cell_at(c, s.out, e.row, x, b) + channel;
-    if constexpr (kWidth == 4) {
-      *reinterpret_cast<float4*>(out) = make_float4(va[0], va[1], va[2], va[3]);
-    } else {
-      *out = va[0];
-    }
+    store_channels<kWidth>(cell_at(c, s.out, e.row, x, b) + channel, va);
   }
 }
 
+template <int kWidth>
 __device__ __forceinline__ void run_embed(const Context& c, const Step& s, const Entry& e) {
-  const float* table = reinterpret_cast<const float*>(s.table);
-  const int total = e.cols * c.images * s.channels;
-  for (int item = threadIdx.x; item < total; item += kThreads) {
-    const int cell = item / s.channels, channel = item - cell * s.channels;
+  const Head& head = c.args.head;
+  const int parts = s.channels / kWidth, total = e.cols * c.images * parts;
+  const int first = e.shared ? c.rank * kThreads : 0, step = e.shared ? c.size * kThreads : kThreads;
+  for (int item = first + static_cast<int>(threadIdx.x); item < total; item += step) {
+    const int cell = item / parts, channel = (item - cell * parts) * kWidth;
     const int column = cell / c.images, b = cell - column * c.images, x = e.col + column;
-    const float value = c.args.values[pixel_of(c, e.row, x, b) * c.args.head.values + s.taps];
-    // Of a known value that is out of range, or NaN: a row that exists.
-    const int64_t row = value >= 0.0f && value < static_cast<float>(s.num) ? static_cast<int64_t>(value) : 0;
-    cell_at(c, s.out, e.row, x, b)[channel] = table[row * s.channels + channel];
+    const float* from = s.op ? source_at(c, s.a, e.row, x, b) : nullptr;
+    float sum[kWidth];
+    load_channels<kWidth>(from ? from + int64_t{channel} * s.a.stride_c : nullptr, s.a.stride_c, sum);
+    const float* table = reinterpret_cast<const float*>(s.table) + channel;
+    for (int t = 0; t < s.taps; ++t, table += int64_t{s.den} * s.channels) {
+      const int2 tap = c.taps[s.tap_begin + t];
+      const int y = e.row + tap.x, source_x = x + tap.y;
+      if (y < 0 || y >= head.rows || source_x < 0 || source_x >= head.cols) continue;
+      const float value = c.args.values[pixel_of(c, y, source_x, b) * head.values + s.num];
+      // Of a value that is no class, or NaN: a row that exists.
+      const bool valid = value >= 0.0f && value < static_cast<float>(s.den);
+      float row[kWidth];
+      load_channels<kWidth>(table + (valid ? static_cast<int64_t>(value) : 0) * s.channels, 1, row);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sum[i] += row[i];
+    }
+    store_channels<kWidth>(cell_at(c, s.out, e.row, x, b) + channel, sum);
   }
 }
 

@@ -79,7 +79,7 @@ struct Attention {
 };
 
 struct Embed {
-  int64_t out, out_channel, channels, table, draw;
+  int64_t out, out_channel, channels, table, draw, tap_begin, tap_end, init;
 };
 
 struct Instruction {

@@ -27,18 +27,18 @@ static_assert(sizeof(Cells) == 64);
 
 struct Step {
   StepKind kind;
-  int32_t op;                     // Op; convolutions: whether there is an init; attention: dim_v
+  int32_t op;                     // Op; convolutions, embed: whether there is an init; attention: dim_v
   int32_t channels, channels_in;  // attention: heads, dim_k
-  int32_t taps, num, den;         // embed: draw, rows of the table; attention: columns of the grid
+  int32_t taps, num, den;         // embed: taps, draw, classes; attention: den is columns of the grid
   int32_t panels, depth;          // of a convolution: products of an output
   int32_t first;                  // member of the team that has panel 0
   int32_t spread;                 // panels of other cells lie with other members
   int32_t resident;               // floats from the resident weights on; -1: in global memory. By member
   float p, q;                     // attention: scale
   int32_t tap_begin, unused;
-  int64_t table;  // address of weights, the embedding's table or attention's counts
+  int64_t table;  // address of weights, the embedding's tables or attention's counts
   int64_t padding;
-  Cells out, a, b, c;  // conv: source, init; attention: q, k, v; clear: input; draw: input and parameters
+  Cells out, a, b, c;  // conv: source, init; embed: init; attention: q, k, v; clear, draw: input; parameters
 };
 inline constexpr int kStepQuads = sizeof(Step) / 16;
 static_assert(sizeof(Step) == 336 && kStepQuads <= 32);
@@ -46,7 +46,7 @@ static_assert(sizeof(Step) == 336 && kStepQuads <= 32);
 struct Entry {
   int32_t step, row, col, cols;
   int32_t barrier;  // what other members wrote is read, or what they read is written
-  int32_t shared;   // a pointwise step of which each member does a part
+  int32_t shared;   // a pointwise step or an embedding of which each member does a part
   int32_t cells;    // of a convolution that are worked on at a time
   int32_t tile;     // cells a thread, of four channels each; 0: one output and block of products a thread
 };

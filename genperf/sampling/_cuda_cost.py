@@ -8,7 +8,7 @@ from typing import Literal
 
 from ._cuda_hazards import Hazards
 from ._cuda_steps import THREADS, Tile, _memory, depth, in_row, panels, tile_of
-from ._program import BLOCK, PANEL, Attention, Conv, HeadKind, Program
+from ._program import BLOCK, PANEL, Attention, Conv, Embed, HeadKind, Program
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ def predict(
     floats = {
         k: panels(i) * PANEL * depth(i) for k, i in enumerate(program.instructions) if isinstance(i, Conv)
     }
+    hazards = Hazards(program, team.size, images)
     room, kept = memory.resident * team.size, set()
     for k in sorted(often, key=lambda k: -runs[k]):
         if floats[k] <= room:
@@ -145,6 +146,10 @@ def predict(
             tile = tile_of(i, cells, team.size, memory.sources, k not in often)
             chain = _serial_products(i, tile, cells, team.size)
             read = 0.0 if k in kept else 4.0 * floats[k]
+        elif isinstance(i, Embed):
+            done = 1.0 * cells * i.channels * (i.tap_end - i.tap_begin)
+            each = 1 if hazards.shared(k, cols) else team.size
+            chain, read = 0, 4.0 * done * each
         else:
             continue
         times = (
@@ -158,7 +163,6 @@ def predict(
         longest += count * max(times)
         flops += count * done
         weight_bytes += count * read
-    hazards = Hazards(program, team.size, images)
     slot_begin, found = program.slot_begin.tolist(), 0
     pairs = [tuple(p) for p in program.segments[:, [0, 3]].tolist()]
     known: dict[tuple, int] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ._program import Attention, Conv, Embed, FeedbackKind, Pointwise, Program
 
-SHARE_ELEMENTS = 4096  # of a pointwise step, from which a team shares it out
+SHARE_ELEMENTS = 4096  # of a pointwise step, or rows of an embedding, from which a team shares it out
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def _reads(program: Program, i: Conv | Pointwise | Attention | Embed) -> Iterato
     elif isinstance(i, Attention):
         pairs = [(i.q, i.heads * i.dim_k), (i.k, i.heads * i.dim_k), (i.v, i.heads * i.dim_v)]
     else:
-        pairs = []
+        pairs = [(i.init, i.channels)]
     for index, channels in pairs:
         if index >= 0 and not (op := program.operands[index]).is_const:
             yield Access("r", op.index, op.channel, op.channel + channels)
@@ -66,11 +66,12 @@ class Hazards:
             self.draw.append(Access("r", params.index, 0, whole))
 
     def shared(self, index: int, cols: int) -> bool:
-        """Whether a pointwise step is shared out: it is large, or reads what it overwrites."""
+        """Whether a pointwise step or an embedding is shared out: it is large, or reads what it overwrites."""
         i = self.program.instructions[index]
-        if self.size == 1 or not isinstance(i, Pointwise):
+        if self.size == 1 or not isinstance(i, (Pointwise, Embed)):
             return False
-        if cols * self.images * i.channels >= SHARE_ELEMENTS:
+        read = i.tap_end - i.tap_begin if isinstance(i, Embed) else 1
+        if cols * self.images * i.channels * read >= SHARE_ELEMENTS:
             return True
         out = Access("w", i.out, i.out_channel, i.out_channel + i.channels)
         return any(_overlap(out, read) for read in _reads(self.program, i))

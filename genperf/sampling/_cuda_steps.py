@@ -200,11 +200,10 @@ class _Packer:
             out = self.output(i.out, i.out_channel, i.channels, vectors)
             return self.step(_POINTWISE, (out, a, b), (int(i.op), i.channels), i.p, i.q)
         if isinstance(i, Embed):
-            table = self.tensors[i.table]
-            ints = (0, i.channels, 0, i.draw, len(table))
-            return self.step(
-                _EMBED, (self.output(i.out, i.out_channel, i.channels),), ints, table=table.data_ptr()
-            )
+            table, init = self.tensors[i.table], self.operand(i.init, i.channels)
+            out = self.output(i.out, i.out_channel, i.channels, i.init < 0 or self.vectors(init))
+            ints = (int(i.init >= 0), i.channels, 0, i.tap_end - i.tap_begin, i.draw, table.shape[1])
+            return self.step(_EMBED, (out, init), ints, tap_begin=i.tap_begin, table=table.data_ptr())
         for operand in (i.q, i.k, i.v):
             op = program.operands[operand]
             if op.is_const and program.consts[op.index].stride_c != 1:

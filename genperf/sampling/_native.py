@@ -180,7 +180,7 @@ def _operands(i: Instruction) -> list[tuple[int, int]]:
     if isinstance(i, Attention):
         return [(i.q, i.heads * i.dim_k), (i.k, i.heads * i.dim_k), (i.v, i.heads * i.dim_v)]
     assert isinstance(i, Embed)
-    return []
+    return [(i.init, i.channels)]
 
 
 def _extent(program: Program, const: int) -> tuple[int, int, int]:

@@ -75,7 +75,7 @@ class HeadKind(enum.IntEnum):
 class FeedbackKind(enum.IntEnum):
     """How a drawn value enters the network's input buffer."""
 
-    NONE = 0  # read by EMBED from the values themselves
+    NONE = 0  # EMBED reads the values themselves
     SCALED = 1  # value * scale + offset in channel `draw`
     ONE_HOT = 2  # 1 in channel `draw * classes + value`, 0 in the others
 
@@ -190,13 +190,22 @@ class Attention:
 
 @dataclass(frozen=True)
 class Embed:
-    """out = row ``value`` of a table [classes, channels]; ``value`` is draw ``draw`` of that cell."""
+    """out = init (an operand, or 0) + sum over taps, in order, of a row of that tap's table.
+
+    Tap (dy, dx) takes row ``value`` of its table, where ``value`` is draw ``draw`` of cell
+    (y + dy, x + dx): a convolution over an embedding or a one-hot code of the drawn classes. Outside of the
+    head's grid nothing is added. A value that is no class (of a cell that is not drawn yet, or given from
+    outside) takes row 0. The additions are in float32, each rounded.
+    """
 
     out: int
     out_channel: int
     channels: int
-    table: int  # constant tensor
+    table: int  # float32 tensor [taps, classes, channels]
     draw: int
+    tap_begin: int
+    tap_end: int
+    init: int = -1  # operand
 
 
 @dataclass(frozen=True)

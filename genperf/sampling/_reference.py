@@ -233,11 +233,24 @@ class ReferenceExecutor:
             b = None if i.b < 0 else self._read(state, operands[i.b], y, x, n, i.channels)
             self._write(state, i.out, i.out_channel, y, x, n, _POINTWISE[i.op](a, b, i.p, i.q))
         elif isinstance(i, Embed):
-            table = self._tensors[i.table]
-            values = state.values[:, y, x : x + n, i.draw].t().reshape(-1).long()
-            self._write(state, i.out, i.out_channel, y, x, n, table[values])
+            self._embed(state, i, y, x, n)
         else:
             self._attention(state, i, y, x, n)
+
+    def _embed(self, state: State, i: Embed, y: int, x: int, n: int) -> None:
+        head, table = self.program.head, self._tensors[i.table]
+        if i.init < 0:
+            result = state.workspace.new_zeros(n * state.batch, i.channels)
+        else:
+            result = self._read(state, self.program.operands[i.init], y, x, n, i.channels).clone()
+        for rows, (dy, dx) in zip(table, self.program.taps[i.tap_begin : i.tap_end], strict=True):
+            first, last = max(x + dx, 0), min(x + n + dx, head.cols)
+            if not 0 <= y + dy < head.rows or first >= last:
+                continue
+            values = state.values[:, y + dy, first:last, i.draw].t().reshape(-1)
+            values = torch.where((values >= 0) & (values < len(rows)), values, 0.0).long()
+            result[(first - x - dx) * state.batch : (last - x - dx) * state.batch] += rows[values]
+        self._write(state, i.out, i.out_channel, y, x, n, result)
 
     def _conv(self, state: State, index: int, i: Conv, y: int, x: int, n: int) -> None:
         source = self.program.operands[i.source]

@@ -8,7 +8,8 @@
 namespace genperf {
 namespace {
 
-// A convolution of a row of cells, a pointwise function of the result, and attention over the source.
+// A convolution of a row of cells, a pointwise function of the result, attention over the source, and a sum
+// of table rows from the result on.
 struct PixelSamplerCase {
   int64_t batch, cols, channels_in, channels, taps, heads;
 
@@ -40,8 +41,9 @@ void pixel_sampler_case(const PixelSamplerCase& p, pixel::Op op, Random& random,
       {source_floats, 1, p.cols, p.channels},
       {source_floats + out_floats, 1, p.cols, p.channels},
       {source_floats + 2 * out_floats, 1, p.cols, p.channels_in},
+      {source_floats + 2 * out_floats + p.cols * p.channels_in, 1, p.cols, p.channels},
   };
-  const int64_t workspace = source_floats + 2 * out_floats + p.cols * p.channels_in;
+  const int64_t workspace = source_floats + 3 * out_floats + p.cols * p.channels_in;
   // Operands: the source, a bias, the sums, the sums of the next cell, the source's own cell.
   const std::vector<Const> consts = {{0, 0, 0, 0, 1}};
   const std::vector<Operand> operands = {
@@ -51,7 +53,7 @@ void pixel_sampler_case(const PixelSamplerCase& p, pixel::Op op, Random& random,
   };
   std::vector<Tap> taps;
   for (int64_t t = 0; t < p.taps; ++t) taps.push_back({-random.below(2), random.below(5) - 2});
-  std::vector<Instruction> instructions(3);
+  std::vector<Instruction> instructions(4);
   instructions[0].kind = pixel::Kind::kConv;
   instructions[0].conv = {1, 0, p.channels, 0, p.channels_in, 0, p.taps, 1, 1, 0, random.below(3) - 1};
   if (instructions[0].conv.init == 0) instructions[0].conv.init = -1;
@@ -60,37 +62,42 @@ void pixel_sampler_case(const PixelSamplerCase& p, pixel::Op op, Random& random,
   instructions[2].kind = pixel::Kind::kAttention;
   const int64_t dim = p.channels_in / p.heads;
   instructions[2].attention = {3, 0, 4, 4, 4, p.heads, dim, dim, 0.0, 1, p.cols};
+  instructions[3].kind = pixel::Kind::kEmbed;
+  instructions[3].embed = {4, 0, p.channels, 2, 0, 0, p.taps, random.below(2) ? -1 : 2};
   std::vector<Segment> segments;
-  for (int32_t i = 0; i < 3; ++i) segments.push_back({i, 1, 0, static_cast<int32_t>(p.cols), 0});
-  const std::vector<int64_t> slot_begin = {0, 3};
+  for (int32_t i = 0; i < 4; ++i) segments.push_back({i, 1, 0, static_cast<int32_t>(p.cols), 0});
+  const std::vector<int64_t> slot_begin = {0, 4};
   const std::vector<int64_t> counts(kRows * p.cols, kRows * p.cols);
   const std::vector<float> bias = integers(random, p.channels);
   const int64_t panels = (p.channels + kPanel - 1) / kPanel;
   const std::vector<float> weights = integers(random, panels * p.taps * p.channels_in * kPanel);
+  constexpr int64_t kClasses = 5;
+  const std::vector<float> table = integers(random, p.taps * kClasses * p.channels);
   std::vector<float> storage(weights.size() + kAlignment / sizeof(float));
   const auto address = reinterpret_cast<uintptr_t>(storage.data());
   float* packed = storage.data() + (kAlignment - address % kAlignment) / sizeof(float);
   std::memcpy(packed, weights.data(), weights.size() * sizeof(float));
 
   Head head{};
-  head.rows = head.cols = head.draws = head.values = 1;
+  head.draws = head.values = 1;
+  head.rows = kRows, head.cols = p.cols;
   Tables tables{};
   tables.head = &head;
-  tables.buffers = buffers.data(), tables.buffer_count = 4;
+  tables.buffers = buffers.data(), tables.buffer_count = 5;
   tables.consts = consts.data();
   tables.operands = operands.data(), tables.operand_count = 5;
   tables.taps = taps.data();
-  tables.instructions = instructions.data(), tables.instruction_count = 3;
-  tables.segments = segments.data(), tables.segment_count = 3;
+  tables.instructions = instructions.data(), tables.instruction_count = 4;
+  tables.segments = segments.data(), tables.segment_count = 4;
   tables.slot_begin = slot_begin.data();
-  tables.tensors = {bias.data(), counts.data()};
-  tables.tensor_rows = {p.channels, kRows * p.cols};
+  tables.tensors = {bias.data(), counts.data(), table.data()};
+  tables.tensor_sizes = {p.channels, kRows * p.cols, p.taps * kClasses * p.channels};
   tables.weights = {packed};
   const Plan plan(tables);
 
   const std::vector<float> source = integers(random, source_floats * p.batch);
   Tensor out({workspace * p.batch}, DType::kFloat32, Layout::kContiguous);
-  std::vector<float> values(p.batch), scratch(plan.scratch);
+  std::vector<float> values = integers(random, p.batch * kRows * p.cols), scratch(plan.scratch);
   group.add({&out}, [&] {
     float* floats = static_cast<float*>(out.view().data);
     std::memcpy(floats, source.data(), source.size() * sizeof(float));

@@ -1,5 +1,7 @@
 """Executors of a sampler's program: the reference against an interpreter, the native one against both."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from genperf.sampling._program import (
     Buffer,
     Const,
     Conv,
+    Embed,
     FeedbackKind,
     Head,
     HeadKind,
@@ -85,6 +88,16 @@ def threads():
     torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request):
+    if request.param not in genperf.cpu_isas():
+        pytest.skip(f"this processor has no {request.param}")
+    before = _backend.native.isa()
+    _backend.native.set_isa(request.param)
+    yield request.param
+    _backend.native.set_isa(before)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -271,6 +284,42 @@ def test_sums_are_chains_of_a_block(channels, channels_in):
 
 
 @NATIVE
+@pytest.mark.parametrize("with_init", [False, True])
+@pytest.mark.parametrize("channels", [1, 7, 16, 64, 100, 300])
+def test_embeddings_add_rows_in_order(channels, with_init, isa):
+    """The bits of a sum of table rows; outside of the grid, and for what is no class, as defined."""
+    program = one_operation(Op.COPY, channels)
+    generator = torch.Generator().manual_seed(channels)
+    program.head = replace(program.head, input=-1, rows=3, cols=4)
+    program.buffers = [Buffer(0, 1, 4, channels)]
+    program.workspace = 4 * channels
+    init = torch.randn(4, channels, generator=generator)
+    table = torch.randn(5, 6, channels, generator=generator)
+    program.tensors = [init, table]
+    program.consts = [Const(0, 0, 0, channels, 1)]
+    program.operands = [Operand(True, 0), Operand(True, 0), Operand(False, 0)]
+    program.taps = [(-1, 1), (0, 0), (-1, -2), (-2, 0), (1, 3)]
+    program.instructions = [Embed(0, 0, channels, 1, 0, 0, 5, 0 if with_init else -1)]
+    program.segments = torch.tensor([[0, 1, 0, 4, 0]], dtype=torch.int32)
+    program.slot_begin = torch.tensor([0] + [1] * 12)
+    values = torch.randint(6, (2, 3, 4, 1), generator=generator).float()
+    values[0, 1, 2], values[1, 1, 1], values[0, 0, 3] = torch.nan, 6.0, -1.0
+    expected = init.expand(2, 4, channels).clone() if with_init else torch.zeros(2, 4, channels)
+    classes = torch.where((values >= 0) & (values < 6), values, 0.0).long()
+    classes[:, 0, 0] = 0  # cleared before the first slot
+    for b in range(2):
+        for x in range(4):
+            for t, (dy, dx) in enumerate(program.taps):
+                if 0 <= 1 + dy < 3 and 0 <= x + dx < 4:
+                    expected[b, x] += table[t, classes[b, 1 + dy, x + dx, 0]]
+    for executor in (ReferenceExecutor(program), CPUExecutor(program)):
+        state = start(executor, 2)
+        state.values.copy_(values)
+        executor.run(state, 0, 1, None)
+        assert torch.equal(state.workspace.view(4, 2, channels).transpose(0, 1), expected)
+
+
+@NATIVE
 def test_constructor_names_what_it_cannot_do():
     program = one_operation(Op.COPY, 1)
     program.tensors = [torch.zeros(1), torch.zeros(1)]
@@ -278,16 +327,6 @@ def test_constructor_names_what_it_cannot_do():
         CPUExecutor(program, "meta")
     with pytest.raises(ValueError, match=r"dtype: torch\.float64"):
         CPUExecutor(program, dtype=torch.float64)
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    if request.param not in genperf.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    before = _backend.native.isa()
-    _backend.native.set_isa(request.param)
-    yield request.param
-    _backend.native.set_isa(before)
 
 
 @NATIVE

@@ -64,7 +64,11 @@ class Interpreter:
             a = self.read(i.a, y, x, b, i.channels)
             result = pointwise(i.op, a, None if i.b < 0 else self.read(i.b, y, x, b, i.channels), i.p, i.q)
         elif isinstance(i, Embed):
-            result = self.program.tensors[i.table][int(self.values[b, y, x, i.draw])].double().numpy()
+            result = np.zeros(i.channels) if i.init < 0 else self.read(i.init, y, x, b, i.channels).copy()
+            head, table = self.program.head, self.program.tensors[i.table].double().numpy()
+            for t, (dy, dx) in enumerate(self.program.taps[i.tap_begin : i.tap_end]):
+                if 0 <= y + dy < head.rows and 0 <= x + dx < head.cols:
+                    result += table[t, int(self.values[b, y + dy, x + dx, i.draw])]
         else:
             result = self.attend(i, y, x, b)
         self.cell(i.out, y, x, b)[i.out_channel : i.out_channel + len(result)] = result

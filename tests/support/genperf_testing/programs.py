@@ -185,6 +185,22 @@ class Builder:
         )  # fmt: skip
         self.add(when, conv)
 
+    def embed(self, when: str, channels: int) -> None:
+        """Sums of table rows for drawn classes, from any row above and what is drawn of this one."""
+        program, rng, head = self.program, self.rng, self.head
+        taps = [(dy, dx) for dy in range(-3, 0) for dx in range(-3, 4)]
+        if when == "pixel":
+            taps += [(0, dx) for dx in range(-3, 0)] + [(0, 0)] * (head.draws > 1)
+        taps = rng.sample(taps, rng.randint(1, 7))
+        program.tensors.append(self.weights(len(taps), head.classes, channels))
+        table, begin = len(program.tensors) - 1, len(program.taps)
+        program.taps += taps
+        init = self.read(when, channels) if rng.random() < 0.5 else -1
+        out = self.node(when, channels).buffer
+        draw = rng.randrange(head.draws)
+        assert init is not None
+        self.add(when, Embed(out, 0, channels, table, draw, begin, len(program.taps), init))
+
     def pointwise(self, when: str, channels: int, out: tuple[int, int] | None = None) -> None:
         op = self.rng.choice(SMOOTH)
         a = self.read(when, channels)
@@ -280,12 +296,15 @@ def random_program(seed: int, head: str, rows: int = 6, cols: int = 5, wide: int
     inputs = description.draws * classes if HEADS[head][1] == FeedbackKind.ONE_HOT else description.values
     if HEADS[head][1] == FeedbackKind.NONE:
         b.node("input", 12)
-        program.tensors.append(b.weights(classes, 12))
-        b.add("input", Embed(0, 0, 12, 0, 0))
+        program.tensors.append(b.weights(1, classes, 12))
+        program.taps.append((0, 0))
+        b.add("input", Embed(0, 0, 12, 0, 0, 0, 1))
     else:
         b.node("input", inputs)
     for when in ("row", "pixel"):
         b.conv(when, rng.randint(wide // 2, wide))
+        if description.kind in (HeadKind.CATEGORICAL, HeadKind.BERNOULLI):
+            b.embed(when, rng.choice([rng.randint(1, wide), 64]))
     b.attention("pixel")
     b.attention("row")
     for _ in range(6):

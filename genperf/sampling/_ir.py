@@ -97,15 +97,21 @@ class Input(Node):
 
 @dataclass(eq=False)
 class EmbedNode(Node):
-    """Rows of ``table`` [classes, channels], chosen by the drawn index ``draw`` of the cell."""
+    """Rows of ``table`` [taps, classes, channels], chosen by drawn indices ``draw``; see ``_program.Embed``.
+
+    Without a table the one-hot code: one row of the identity, of as many classes as channels.
+    """
 
     input: Input = field(default=None)  # type: ignore[assignment]
-    table: Tensor = field(default_factory=lambda: torch.zeros(0))
+    table: Tensor | None = None
     draw: int = 0
+    taps: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
+    init: Source | None = None
 
     @property
     def sources(self) -> list[Source]:
-        return [Ref(self.input, self.draw, 1)]
+        drawn: list[Source] = [Ref(self.input, self.draw, 1)]
+        return drawn + ([self.init] if self.init is not None else [])
 
 
 @dataclass(eq=False)

@@ -28,6 +28,9 @@ from genperf.sampling._verify import Cells, check_causal, when_known
 from genperf.sampling.heads import Description
 
 
+_IDENTITY = 1 << 30  # bytes of a table of one-hot codes
+
+
 @dataclass
 class Plan:
     """A program, and for each of its instructions the node that it comes from and its role.
@@ -168,7 +171,12 @@ class _Emitter:
             a, b = self._operand(node.a), self._operand(node.b)
             return p.Pointwise(out, channel, node.channels, node.op, a, b, node.p, node.q)
         if isinstance(node, EmbedNode):
-            return p.Embed(out, channel, node.channels, self._tensor(node.table.contiguous()), node.draw)
+            begin = len(program.taps)
+            program.taps += node.taps
+            return p.Embed(
+                out, channel, node.channels, self._tensor(_table(node)), node.draw, begin, len(program.taps),
+                self._operand(node.init),
+            )  # fmt: skip
         if isinstance(node, AttentionNode):
             q, k, v = (self._operand(replace(s, window=Window())) for s in (node.q, node.k, node.v))
             return p.Attention(
@@ -195,6 +203,18 @@ class _Emitter:
         self._program.slot_begin = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
         segments = np.concatenate([table[:, 1:], np.zeros((len(table), 1), dtype=np.int64)], 1)
         self._program.segments = torch.from_numpy(segments.astype(np.int32))
+
+
+def _table(node: EmbedNode) -> Tensor:
+    if node.table is not None:
+        return node.table.contiguous()
+    size = 4 * node.channels**2
+    if size > _IDENTITY:
+        raise CaptureError(
+            f"{node.name}: one-hot codes of {node.channels} classes are read by more than convolutions, which "
+            f"takes a table of {size} bytes; at most {_IDENTITY} are given. Use an embedding"
+        )
+    return torch.eye(node.channels)[None]
 
 
 def _role(task: Task) -> str:

@@ -275,6 +275,7 @@ class _Scheduler:
             for tap in node.taps:
                 window, num, den = tap_window(node, tap)
                 self._read(node.source, window, first, last, node, num, den)
+        if isinstance(node, ConvNode | EmbedNode):
             if isinstance(node.init, Ref):
                 self._read(node.init, node.init.window, first, last, node)
         elif isinstance(node, AttentionNode):
@@ -283,7 +284,7 @@ class _Scheduler:
                 self._attend(keys, node, first, last)
         else:
             for source in node.sources:
-                if isinstance(source, Ref) and not isinstance(node, EmbedNode):
+                if isinstance(source, Ref):
                     self._read(source, source.window, first, last, node)
 
     def _leaves(self, node: Node, channel: int, channels: int) -> Iterator[Node]:

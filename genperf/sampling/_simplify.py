@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import TypeAlias
+
+import torch
 
 from genperf.sampling._ir import (
     AttentionNode,
@@ -19,13 +22,19 @@ from genperf.sampling._ir import (
     Source,
 )
 from genperf.sampling._program import Op
-from genperf.sampling._verify import Times, when_known, windowed
+from genperf.sampling._verify import Times, positions, tap_window, when_known, windowed
+
+
+_Sum: TypeAlias = ConvNode | EmbedNode  # what starts from an init
+_TABLES = 64 << 20  # bytes of tables that replace a convolution with fewer weights
+_NARROW = 8  # channels of an embedding from which tables are faster than its convolution
 
 
 def simplify(graph: Graph, draws: int = 1) -> Graph:
     """An equivalent graph; values differ by rounding where sums and scales move into a convolution."""
     graph = _Mover(graph).run()
-    return _Folder(graph, when_known(graph, draws)).run()
+    graph = _Folder(graph, when_known(graph, draws)).run()
+    return _Tabulator(graph).run()
 
 
 class _Mover:
@@ -79,7 +88,7 @@ class _Mover:
         if isinstance(node, GlobalNode):
             return replace(node, source=self.moved(node.source))
         assert isinstance(node, EmbedNode)
-        return replace(node)
+        return replace(node, init=None if node.init is None else self.source(node.init))
 
     def pointwise(self, node: PointwiseNode) -> Node:
         return node
@@ -110,12 +119,10 @@ class _Folder(_Mover):
                 return replace(node, op=Op.MUL_SIGMOID, a=a, b=gate.a)
         for a, b in pairs:
             conv = self._only(a, node)
-            if not isinstance(conv, ConvNode):
-                continue
-            folded = None
-            if node.op == Op.ADD:
+            folded: Node | None = None
+            if node.op == Op.ADD and isinstance(conv, ConvNode | EmbedNode):
                 folded = self._plus(conv, b)
-            elif node.op == Op.MUL and isinstance(b, Constant):
+            elif node.op == Op.MUL and isinstance(conv, ConvNode) and isinstance(b, Constant):
                 folded = self._times(conv, b)
             if folded is not None:
                 return folded
@@ -141,8 +148,8 @@ class _Folder(_Mover):
         init = None if conv.init is None else Constant((conv.init.tensor.double() * scale).float())
         return replace(conv, weight=(conv.weight.double() * scale[0, 0]).float(), init=init)
 
-    def _plus(self, conv: ConvNode, other: Source) -> ConvNode | None:
-        """``conv + other`` as one convolution, where that makes nothing later and needs no further sum."""
+    def _plus(self, conv: _Sum, other: Source) -> _Sum | None:
+        """``conv + other`` as one node, where that makes nothing later and needs no further sum."""
         if isinstance(other, Ref):
             known = windowed(self._known[id(other.node)], other.window, conv.rows, conv.cols)
             if (known > self._known[id(conv)]).any():
@@ -158,10 +165,64 @@ class _Folder(_Mover):
         if not isinstance(ref, Ref) or not isinstance(constant, Constant):
             return None
         below = self._only(ref, conv)
-        merged = self._plus(below, constant) if isinstance(below, ConvNode) else None
+        merged = self._plus(below, constant) if isinstance(below, ConvNode | EmbedNode) else None
         if merged is None:
             return None
         assert below is not None
         self.nodes[self.nodes.index(below)] = merged
         self._uses[id(merged)], self._known[id(merged)] = 1, self._known[id(below)]
         return replace(conv, init=replace(ref, node=merged))
+
+
+class _Tabulator(_Mover):
+    """Turns convolutions over embeddings, or one-hot codes, into sums of table rows."""
+
+    def rewritten(self, node: Node) -> Node:
+        made = super().rewritten(node)
+        return (_tabulated(made) if isinstance(made, ConvNode) else None) or made
+
+
+def _tabulated(conv: ConvNode) -> EmbedNode | None:
+    """The sum of rows of ``embedding @ weight[tap]``; None where that is something else, or no faster."""
+    embed, source = conv.source.node, conv.source
+    if not isinstance(embed, EmbedNode) or embed.init is not None or len(embed.taps) > 1:
+        return None
+    taps = _drawn_at(conv, embed)
+    if taps is None or (conv.num, conv.den) != (1, 1):
+        return None
+    weight = conv.weight[list(taps)]
+    if embed.table is None:
+        if source.channels < embed.channels:
+            return None
+        table = weight
+    else:
+        classes = embed.table.shape[1]
+        size = 4 * len(taps) * classes * conv.channels
+        if source.channels < min(_NARROW, classes) or (size > _TABLES and classes > source.channels):
+            return None
+        rows = embed.table[0, :, source.channel : source.channel + source.channels]
+        table = (rows.double() @ weight.double()).to(torch.promote_types(rows.dtype, weight.dtype))
+    shape = (conv.name, conv.rows, conv.cols, conv.channels)
+    return EmbedNode(*shape, embed.input, table, embed.draw, list(taps.values()), conv.init)
+
+
+def _drawn_at(conv: ConvNode, embed: EmbedNode) -> dict[int, tuple[int, int]] | None:
+    """Where each tap that reads anything finds its class; None if a window hides some of the input's cells."""
+    taps = {}
+    for i, tap in enumerate(conv.taps):
+        window, _, _ = tap_window(conv, tap)
+        dy, dx = window.dy + embed.taps[0][0], window.dx + embed.taps[0][1]
+        drawn = [
+            positions(conv.rows, 1, 1, dy, 0, embed.input.rows)[1],
+            positions(conv.cols, 1, 1, dx, 0, embed.input.cols)[1],
+        ]
+        read = [
+            positions(conv.rows, 1, 1, window.dy, window.y0, min(window.y1, embed.rows))[1],
+            positions(conv.cols, 1, 1, window.dx, window.x0, min(window.x1, embed.cols))[1],
+        ]
+        if not all(d.any() for d in drawn):
+            continue
+        if any((d & ~r).any() for d, r in zip(drawn, read, strict=True)):
+            return None
+        taps[i] = dy, dx
+    return taps or None

@@ -13,6 +13,7 @@ from genperf.sampling._ir import (
     AttentionNode,
     ConcatNode,
     ConvNode,
+    EmbedNode,
     GlobalNode,
     Graph,
     Input,
@@ -113,6 +114,8 @@ def node_times(times: Times, node: Node) -> Known:
         return Known(draw, pixels + np.arange(draw[-1] + 1)[:, None, None])
     if isinstance(node, ConvNode):
         return _merged(*_conv_times(times, node))
+    if isinstance(node, EmbedNode):
+        return _merged(*_embed_times(times, node))
     if isinstance(node, ConcatNode):
         parts = [times.parts(source, rows, cols, n) for source, n in node.parts]
         starts = np.cumsum([0] + [len(p.cells) for p in parts])
@@ -128,16 +131,13 @@ def node_times(times: Times, node: Node) -> Known:
         count = node.count.numpy()
         cells = np.maximum(last[count].reshape(rows, cols), times.of(node.q, rows, cols))
         cells = np.where(count.reshape(rows, cols) > 0, cells, -1)
-    elif isinstance(node, GlobalNode):
-        cells = np.full((rows, cols), times.latest(node.source.node).max())
     else:
-        (source,) = node.sources
-        cells = times.of(source, rows, cols)
+        assert isinstance(node, GlobalNode)
+        cells = np.full((rows, cols), times.latest(node.source.node).max())
     return Known(np.zeros(channels, dtype=np.int64), cells[None])
 
 
 def _conv_times(times: Times, node: ConvNode) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """One group for every set of taps, input groups and init that some output channel depends on."""
     init = times.parts(node.init, node.rows, node.cols, node.channels)
     if not node.taps:
         return init.label, init.cells
@@ -145,8 +145,6 @@ def _conv_times(times: Times, node: ConvNode) -> tuple[NDArray[np.int64], NDArra
     live = node.weight.numpy() != 0  # [taps, channels in, channels]
     member = source.label[:, None] == np.arange(len(source.cells))
     used = np.stack([live[:, member[:, g]].any(1) for g in range(member.shape[1])], 1)  # [taps, groups, n]
-    rows = np.concatenate([init.label[None], used.reshape(-1, node.channels)])
-    kinds, label = np.unique(rows, axis=1, return_inverse=True)
     seen = np.stack(
         [
             windowed(cells, window, node.rows, node.cols, num, den)
@@ -154,6 +152,28 @@ def _conv_times(times: Times, node: ConvNode) -> tuple[NDArray[np.int64], NDArra
             for cells in source.cells
         ]
     )
+    return _sum_times(init, used.reshape(-1, node.channels), seen)
+
+
+def _embed_times(times: Times, node: EmbedNode) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    init = times.parts(node.init, node.rows, node.cols, node.channels)
+    (drawn,) = _slice(times.known[id(node.input)], Ref(node.input, node.draw, 1)).cells
+    seen = np.stack([windowed(drawn, Window(*tap), node.rows, node.cols) for tap in node.taps])
+    if node.table is None:
+        used = np.ones((1, node.channels), dtype=bool)
+    else:
+        used = (node.table != 0).any(1).numpy()
+    return _sum_times(init, used, seen)
+
+
+def _sum_times(
+    init: Known, used: NDArray[np.bool_], seen: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of init and terms known at ``seen`` [terms, rows, cols], which channels use as ``used`` [terms, n] says.
+
+    One group for every set of terms that some channel depends on.
+    """
+    kinds, label = np.unique(np.concatenate([init.label[None], used]), axis=1, return_inverse=True)
     known = [np.maximum(init.cells[kind[0]], seen[kind[1:] != 0].max(0, initial=-1)) for kind in kinds.T]
     return label.reshape(-1), np.stack(known)
 

@@ -14,6 +14,7 @@ from genperf.sampling._ir import (
     Node,
     PointwiseNode,
     Source,
+    Window,
 )  # fmt: skip
 from genperf.sampling._reference import _POINTWISE
 from genperf.sampling._verify import positions, tap_window
@@ -39,7 +40,16 @@ def evaluate(graph: Graph, x: Tensor) -> Tensor:
         if isinstance(node, Input):
             value = x.double()
         elif isinstance(node, EmbedNode):
-            value = node.table.double()[x[..., node.draw].long()]
+            value = torch.zeros(len(x), node.rows, node.cols, node.channels, dtype=torch.float64)
+            if node.init is not None:
+                value = value + read(node.init, node)
+            drawn = x[..., node.draw].long()
+            for t, tap in enumerate(node.taps):
+                if node.table is None:
+                    rows_of = torch.nn.functional.one_hot(drawn, node.channels).double()
+                else:
+                    rows_of = node.table[t].double()[drawn]
+                value = value + gather(rows_of, Window(*tap), node.rows, node.cols)
         elif isinstance(node, ConvNode):
             value = torch.zeros(len(x), node.rows, node.cols, node.channels, dtype=torch.float64)
             if node.init is not None:

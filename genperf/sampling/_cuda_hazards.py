@@ -66,7 +66,7 @@ class Hazards:
             self.draw.append(Access("r", params.index, 0, whole))
 
     def shared(self, index: int, cols: int) -> bool:
-        """Whether a pointwise step or an embedding is shared out: it is large, or reads what it overwrites."""
+        """Whether a pointwise step or embedding is shared out: it is large, or reads what it overwrites."""
         i = self.program.instructions[index]
         if self.size == 1 or not isinstance(i, (Pointwise, Embed)):
             return False

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from genperf.sampling._program import Attention, Conv, HeadKind, Pointwise, Program
+from genperf.sampling._program import Attention, Conv, Embed, HeadKind, Program
 
 _ROLES = {
     "row": "several cells of a row at once",
@@ -20,7 +20,7 @@ _MOST = 12
 
 @dataclass
 class Work:
-    """Of one image. ``weight_bytes`` counts a weight each time that it is read for a segment."""
+    """Of one image. ``weight_bytes`` counts a weight, or a row of a table, each time that it is read."""
 
     instructions: int = 0
     segments: int = 0
@@ -34,7 +34,7 @@ class Work:
 
 
 def work_by_instruction(program: Program) -> list[Work]:
-    """Multiplications and additions of convolutions and attention, operations of the rest."""
+    """Multiplications and additions of convolutions, attention and embeddings, operations of the rest."""
     count = len(program.instructions)
     index, cols = program.segments[:, 0].long(), program.segments[:, 3].long()
     segments = torch.bincount(index, minlength=count).tolist()
@@ -47,8 +47,11 @@ def work_by_instruction(program: Program) -> list[Work]:
         elif isinstance(i, Attention):
             keys = program.tensors[i.count].double().mean().item()
             found.append(Work(1, n, m, 2.0 * m * keys * i.heads * (i.dim_k + i.dim_v)))
+        elif isinstance(i, Embed):
+            rows = (i.tap_end - i.tap_begin) * i.channels
+            found.append(Work(1, n, m, float(m * rows), 4.0 * m * rows))
         else:
-            found.append(Work(1, n, m, float(m * i.channels) if isinstance(i, Pointwise) else 0.0))
+            found.append(Work(1, n, m, float(m * i.channels)))
     return found
 
 

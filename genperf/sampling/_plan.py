@@ -27,7 +27,6 @@ from genperf.sampling._simplify import simplify
 from genperf.sampling._verify import Cells, check_causal, when_known
 from genperf.sampling.heads import Description
 
-
 _IDENTITY = 1 << 30  # bytes of a table of one-hot codes
 
 
@@ -211,8 +210,8 @@ def _table(node: EmbedNode) -> Tensor:
     size = 4 * node.channels**2
     if size > _IDENTITY:
         raise CaptureError(
-            f"{node.name}: one-hot codes of {node.channels} classes are read by more than convolutions, which "
-            f"takes a table of {size} bytes; at most {_IDENTITY} are given. Use an embedding"
+            f"{node.name}: one-hot codes of {node.channels} classes are read by more than convolutions, "
+            f"which takes a table of {size} bytes; at most {_IDENTITY} are given. Use an embedding"
         )
     return torch.eye(node.channels)[None]
 

@@ -24,7 +24,6 @@ from genperf.sampling._ir import (
 from genperf.sampling._program import Op
 from genperf.sampling._verify import Times, positions, tap_window, when_known, windowed
 
-
 _Sum: TypeAlias = ConvNode | EmbedNode  # what starts from an init
 _TABLES = 64 << 20  # bytes of tables that replace a convolution with fewer weights
 _NARROW = 8  # channels of an embedding from which tables are faster than its convolution
@@ -207,7 +206,7 @@ def _tabulated(conv: ConvNode) -> EmbedNode | None:
 
 
 def _drawn_at(conv: ConvNode, embed: EmbedNode) -> dict[int, tuple[int, int]] | None:
-    """Where each tap that reads anything finds its class; None if a window hides some of the input's cells."""
+    """Where each tap that reads anything finds its class; None if a window hides cells of the input."""
     taps = {}
     for i, tap in enumerate(conv.taps):
         window, _, _ = tap_window(conv, tap)

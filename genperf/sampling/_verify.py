@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from genperf.sampling._errors import CausalityError
@@ -159,17 +160,14 @@ def _embed_times(times: Times, node: EmbedNode) -> tuple[NDArray[np.int64], NDAr
     init = times.parts(node.init, node.rows, node.cols, node.channels)
     (drawn,) = _slice(times.known[id(node.input)], Ref(node.input, node.draw, 1)).cells
     seen = np.stack([windowed(drawn, Window(*tap), node.rows, node.cols) for tap in node.taps])
-    if node.table is None:
-        used = np.ones((1, node.channels), dtype=bool)
-    else:
-        used = (node.table != 0).any(1).numpy()
-    return _sum_times(init, used, seen)
+    table = torch.ones(1, 1, node.channels) if node.table is None else node.table
+    return _sum_times(init, (table != 0).any(1).numpy(), seen)
 
 
 def _sum_times(
     init: Known, used: NDArray[np.bool_], seen: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of init and terms known at ``seen`` [terms, rows, cols], which channels use as ``used`` [terms, n] says.
+    """Of init and terms known at ``seen`` [terms, rows, cols]; ``used`` [terms, n]: which a channel has.
 
     One group for every set of terms that some channel depends on.
     """

@@ -13,9 +13,7 @@ from genperf.sampling._layout import Atom, Dim, Sym, wide
 from genperf.sampling._lower import Lowering
 
 
-def looked_up(
-    state: Lowering, index: Sym, table: Tensor | int, dims: tuple[Dim, ...] | None = None
-) -> Sym:
+def looked_up(state: Lowering, index: Sym, table: Tensor | int, dims: tuple[Dim, ...] | None = None) -> Sym:
     """Rows of ``table`` [classes, channels] for the sampled classes; ``dims`` of the result.
 
     A number stands for the identity of that size, whose rows are one-hot codes.

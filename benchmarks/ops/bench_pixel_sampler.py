@@ -28,7 +28,7 @@ def products(depth: int, channels: int, layers: int, weights: Tensor) -> Program
     program.instructions = [
         Conv(1, layer * channels, channels, 0, depth, 0, 1, 1, 1, layer) for layer in range(layers)
     ]
-    program.segments = torch.tensor([[layer, 0, 0, 1, 0] for layer in range(layers)], dtype=torch.int32)
+    program.segments = torch.tensor([[layer, 0, 0, 1] for layer in range(layers)], dtype=torch.int32)
     program.slot_begin = torch.tensor([0, layers])
     return program
 

@@ -14,7 +14,7 @@ const T* data(const View& table) {
   return static_cast<const T*>(table.data);
 }
 
-// The tables of Program.tables(); `segments` is the address of int32 [S, 5].
+// The tables of Program.tables(); `segments` is the address of int32 [S, 4].
 std::unique_ptr<Plan> make_plan(View head, View buffers, View consts, View operands, View taps,
                                 View instructions, intptr_t segments, int64_t segment_count, View slot_begin,
                                 const std::vector<View>& tensors, const std::vector<View>& weights) {

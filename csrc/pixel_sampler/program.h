@@ -102,7 +102,7 @@ struct Head {
 };
 
 struct Segment {
-  int32_t instruction, row, col, cols, barrier;
+  int32_t instruction, row, col, cols;
 };
 
 }  // namespace genperf::pixel

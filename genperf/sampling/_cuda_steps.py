@@ -333,7 +333,7 @@ def _entries(
         key = (d == 0, *pairs[first:last])
         if key not in columns:
             columns[key] = layout(key[1:], d == 0)
-        whole = [segments[first:last, :4]]
+        whole = [segments[first:last]]
         if d == 0:
             whole.insert(0, torch.tensor([[clear, y, x, 1]], dtype=torch.int32))
         if draws:

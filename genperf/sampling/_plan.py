@@ -200,8 +200,7 @@ class _Emitter:
         table = table[np.lexsort((table[:, 3], table[:, 2], table[:, 1], table[:, 0]))]
         counts = np.bincount(table[:, 0], minlength=self._program.slots)
         self._program.slot_begin = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
-        segments = np.concatenate([table[:, 1:], np.zeros((len(table), 1), dtype=np.int64)], 1)
-        self._program.segments = torch.from_numpy(segments.astype(np.int32))
+        self._program.segments = torch.from_numpy(np.ascontiguousarray(table[:, 1:], dtype=np.int32))
 
 
 def _table(node: EmbedNode) -> Tensor:

@@ -242,9 +242,8 @@ INSTRUCTION_WORDS = 12
 
 @dataclass
 class Program:
-    """See the module's docstring. ``segments`` is int32 [S, 5]: instruction, row, first column, columns,
-    and 1 where it needs what another thread of a team may have written since the last such segment
-    (convolutions and attention are shared out in a team, the rest is done by each member), else 0.
+    """See the module's docstring. ``segments`` is int32 [S, 4]: instruction, row, first column, columns.
+
     Slot t runs segments ``slot_begin[t]`` to ``slot_begin[t + 1]``.
     """
 
@@ -254,7 +253,7 @@ class Program:
     operands: list[Operand] = field(default_factory=list)
     taps: list[tuple[int, int]] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
-    segments: Tensor = field(default_factory=lambda: torch.zeros(0, 5, dtype=torch.int32))
+    segments: Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.int32))
     slot_begin: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
     tensors: list[Tensor] = field(default_factory=list)  # constants, tables and counts
     weights: list[Tensor] = field(default_factory=list)  # [taps, channels_in, channels]

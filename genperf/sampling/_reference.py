@@ -124,9 +124,8 @@ class ReferenceExecutor:
                 state.values[:, y, x] = 0
                 if head.feedback != FeedbackKind.NONE:
                     self._input(state, y, x).zero_()
-            for index, row, col, n, _ in self.program.segments[
-                self._slot_begin[slot] : self._slot_begin[slot + 1]
-            ].tolist():
+            begin_of, end_of = self._slot_begin[slot], self._slot_begin[slot + 1]
+            for index, row, col, n in self.program.segments[begin_of:end_of].tolist():
                 self._segment(state, index, row, col, n)
             if head.kind != HeadKind.CALLBACK:
                 assert noise is not None

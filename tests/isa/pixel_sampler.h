@@ -65,7 +65,7 @@ void pixel_sampler_case(const PixelSamplerCase& p, pixel::Op op, Random& random,
   instructions[3].kind = pixel::Kind::kEmbed;
   instructions[3].embed = {4, 0, p.channels, 2, 0, 0, p.taps, random.below(2) ? -1 : 2};
   std::vector<Segment> segments;
-  for (int32_t i = 0; i < 4; ++i) segments.push_back({i, 1, 0, static_cast<int32_t>(p.cols), 0});
+  for (int32_t i = 0; i < 4; ++i) segments.push_back({i, 1, 0, static_cast<int32_t>(p.cols)});
   const std::vector<int64_t> slot_begin = {0, 4};
   const std::vector<int64_t> counts(kRows * p.cols, kRows * p.cols);
   const std::vector<float> bias = integers(random, p.channels);

@@ -208,7 +208,7 @@ def one_operation(op, channels, p=0.0, q=0.0):
     program.consts = [Const(0, channels, 0, 0, 1), Const(1, channels, 0, 0, 1)]
     program.operands = [Operand(True, 0), Operand(True, 1), Operand(False, 0)]
     program.instructions = [Pointwise(0, 0, channels, op, 0, 1 if op in BINARY else -1, p, q)]
-    program.segments = torch.tensor([[0, 0, 0, 1, 0]], dtype=torch.int32)
+    program.segments = torch.tensor([[0, 0, 0, 1]], dtype=torch.int32)
     program.slot_begin = torch.tensor([0, 1])
     return program
 
@@ -300,7 +300,7 @@ def test_embeddings_add_rows_in_order(channels, with_init, isa):
     program.operands = [Operand(True, 0), Operand(True, 0), Operand(False, 0)]
     program.taps = [(-1, 1), (0, 0), (-1, -2), (-2, 0), (1, 3)]
     program.instructions = [Embed(0, 0, channels, 1, 0, 0, 5, 0 if with_init else -1)]
-    program.segments = torch.tensor([[0, 1, 0, 4, 0]], dtype=torch.int32)
+    program.segments = torch.tensor([[0, 1, 0, 4]], dtype=torch.int32)
     program.slot_begin = torch.tensor([0] + [1] * 12)
     values = torch.randint(6, (2, 3, 4, 1), generator=generator).float()
     values[0, 1, 2], values[1, 1, 1], values[0, 0, 3] = torch.nan, 6.0, -1.0
@@ -355,7 +355,7 @@ def attention_program(rows, cols, heads, dim_k, dim_v):
         program.workspace += rows * cols * c
     program.tensors = [torch.arange(rows * cols)]
     program.instructions = [Attention(3, 0, 0, 1, 2, heads, dim_k, dim_v, dim_k**-0.5, 0, cols)]
-    program.segments = torch.tensor([[0, y, 0, cols, 0] for y in range(rows)], dtype=torch.int32)
+    program.segments = torch.tensor([[0, y, 0, cols] for y in range(rows)], dtype=torch.int32)
     program.slot_begin = torch.tensor([0] + [rows] * (rows * cols))
     return program
 

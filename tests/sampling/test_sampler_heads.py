@@ -213,7 +213,7 @@ def test_explain(family):
     assert "H100, batch 16:" in text
     assert "phases" in text
     flops = 0
-    for index, _, _, cols, _ in sampler.program.segments.tolist():
+    for index, _, _, cols in sampler.program.segments.tolist():
         i = sampler.program.instructions[index]
         if isinstance(i, Conv):
             flops += 2 * cols * (i.tap_end - i.tap_begin) * i.channels_in * i.channels

@@ -45,7 +45,7 @@ class Interpreter:
             for b in range(self.batch if head.feedback != FeedbackKind.NONE else 0):
                 self.cell(head.input, y, x, b)[:] = 0
         begin, end = self.program.slot_begin[slot : slot + 2].tolist()
-        for index, row, col, n, _ in self.program.segments[begin:end].tolist():
+        for index, row, col, n in self.program.segments[begin:end].tolist():
             for column in range(col, col + n):
                 for b in range(self.batch):
                     self.step(index, row, column, b)

@@ -251,15 +251,15 @@ class Builder:
             y, x = divmod(pixel, cols)
             for when, i in self.steps:
                 if when == "input" and draw == 0 and pixel > 0:
-                    segments.append((i, (pixel - 1) // cols, (pixel - 1) % cols, 1, 0))
+                    segments.append((i, (pixel - 1) // cols, (pixel - 1) % cols, 1))
             for when, i in self.steps:
                 if when == "row" and x == draw == 0:
                     cut = self.rng.randrange(cols)
                     parts = [(0, cut), (cut, cols - cut)] if cut else [(0, cols)]
-                    segments += [(i, y, first, n, 0) for first, n in parts]
+                    segments += [(i, y, first, n) for first, n in parts]
                 if when == "coarse" and x == draw == 0 and y % 2 == 0 and y >= 2:
-                    segments.append((i, y // 2 - 1, 0, cols // 2, 0))
-            segments += [(i, y, x, 1, 0) for when, i in self.steps if when == "pixel"]
+                    segments.append((i, y // 2 - 1, 0, cols // 2))
+            segments += [(i, y, x, 1) for when, i in self.steps if when == "pixel"]
             begin.append(len(segments))
         self.program.segments = torch.tensor(segments, dtype=torch.int32)
         self.program.slot_begin = torch.tensor(begin)

@@ -102,27 +102,32 @@ def _interface(
 ) -> tuple[Interface, int]:
     """How the model is used, and how many parameters a pixel it gives."""
     device = device_of(recorded.model)
-    keywords = {**recorded.fixed, **expanded(cond, 2, device)}
+    one = {n: t[:1] for n, t in cond.items()}
+    keywords = {**recorded.fixed, **expanded(one, 1, device)}
+    outputs = []
 
-    def call(x: Tensor) -> Any:
+    def call() -> None:
         with torch.no_grad(), preserved(recorded.model):
-            return recorded.model(x.to(device), **keywords)
+            zeros = torch.zeros(1, *shape, dtype=torch.int64, device=device)
+            outputs.append(recorded.model(zeros, **keywords))
 
     found = find_feedback(call, shape, head, feedback)
     if head is None:
-        example = torch.zeros(2, *shape, dtype=torch.int64)
-        if found == "index":
-            head = find_head(first_tensor(call(example)), shape)
-        else:
+        if found != "index":
             raise ValueError(
                 "compile: head is None, expected one of genperf.sampling.heads for a model of floats: "
                 "Categorical(256), Categorical(256, channels=3), LogisticMixture(10), Bernoulli(), Gaussian()"
             )
+        if not outputs:
+            call()
+        head = find_head(first_tensor(outputs[0]), shape)
     interface = Interface(shape, head, found)
     interface.check()
-    with torch.no_grad(), preserved(recorded.model):
-        output = recorded.call(interface, interface.random_values(2, seed=0), cond)
-    (params, *_) = interface.parameters(output, 2).values()
+    if not outputs:
+        with torch.no_grad(), preserved(recorded.model):
+            outputs.append(recorded.call(interface, interface.random_values(1, seed=0), one))
+    (output,) = outputs
+    (params, *_) = interface.parameters(output, 1).values()
     if head.parameters not in (None, params.shape[1]):
         raise ValueError(
             f"compile: the model's output has shape {tuple(first_tensor(output).shape)}, with "

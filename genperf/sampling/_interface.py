@@ -162,12 +162,12 @@ def _ends_with(shape: Sequence[int], cells: int) -> bool:
 
 
 def find_feedback(
-    call: Callable[[Tensor], Any], shape: tuple[int, ...], head: Description | None, feedback: Feedback | None
+    call: Callable[[], None], shape: tuple[int, ...], head: Description | None, feedback: Feedback | None
 ) -> Feedback:
     """How values are fed back, where the model shows it.
 
     Args:
-        call: the model, with its further arguments, for two images.
+        call: of the model with class indices; raises where it takes none.
     """
     if feedback is not None:
         if feedback not in ("index", "one_hot") and not isinstance(feedback, Scaled):
@@ -176,7 +176,7 @@ def find_feedback(
     if head is not None and head.kind not in (HeadKind.CATEGORICAL, HeadKind.CALLBACK):
         return Scaled()
     try:
-        call(torch.zeros(2, *shape, dtype=torch.int64))
+        call()
     except Exception as error:
         if head is not None and head.kind == HeadKind.CALLBACK:
             return Scaled()
@@ -194,8 +194,8 @@ def _first_line(error: Exception) -> str:
 
 
 def find_head(output: Tensor, shape: tuple[int, ...]) -> Description:
-    """The head of a model that takes class indices: one logit a class."""
-    classes, rest = divmod(output.numel(), 2 * math.prod(shape))
+    """The head of a model that takes class indices, from its output for one image: one logit a class."""
+    classes, rest = divmod(output.numel(), math.prod(shape))
     if rest or classes < 2:
         raise ValueError(
             f"compile: head is None, and the model's output {tuple(output.shape)} is no logits of "

@@ -13,7 +13,7 @@ from genperf.sampling._interface import Interface
 from genperf.sampling._model import first_tensor
 from genperf.sampling._program import HeadKind
 
-POSITIONS = 5  # at which the future is perturbed
+POSITIONS = 3  # at which the future is perturbed
 _DEAD = 1e-4  # of the largest parameter: what rounding leaves of a change that must have no effect
 _WRONG = 1e-3
 

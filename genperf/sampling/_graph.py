@@ -54,6 +54,11 @@ def capture(
         output = state.settled(state.syms[output_value(first)])
         if isinstance(output, Tensor):
             raise CaptureError("the model's output does not depend on its input")
+        if (output.size("Y"), output.size("X")) != (rows, cols):
+            raise CaptureError(
+                f"the model's output of shape {output.shape} has {output.size('Y')} rows and "
+                f"{output.size('X')} columns of pixels; expected {rows} and {cols}, as the input has"
+            )
         graph = Graph(source, state.nodes, state.ref(output))
     graph.prune()
     return graph

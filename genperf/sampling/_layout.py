@@ -48,6 +48,7 @@ class Sym:
     """
 
     deferred: ClassVar[bool] = False
+    only: ClassVar[frozenset[str] | None] = None  # operations that take it unsettled; None for all that may
 
     node: Node
     dims: tuple[Dim, ...]
@@ -147,6 +148,7 @@ _NAMES = {
     "X": "columns",
     "C": "channels",
     "T": "taps of a window",
+    "S": "cells in a row",
     "KY": "key rows",
     "KX": "key columns",
 }

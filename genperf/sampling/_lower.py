@@ -59,6 +59,11 @@ class Lowering:
         """A layout over nodes, also of what is kept symbolic (windows, attention scores)."""
         return x.settled(self) if isinstance(x, Sym) else x
 
+    def allowed(self, x: Any) -> Any:
+        """The same, settled if this operation is not one that takes it as it is."""
+        unfit = isinstance(x, Sym) and x.only is not None and self.operation not in x.only
+        return x.settled(self) if unfit else x
+
     def ref(self, sym: Sym, atoms: list[Atom] | None = None) -> Ref:
         return reference(sym, self.nodes, self.name, atoms)
 
@@ -206,9 +211,10 @@ def lower(recording: Recording, input: Input, input_dims: tuple[Dim, ...], class
                     "the sampler has no incremental form of this operation; replace it, or keep it out of "
                     "what depends on the sampled pixels"
                 )
-            if not handler.takes_deferred:
-                args, kwargs = tree_map(state.settled, (args, kwargs))
             try:
+                if not handler.takes_deferred:
+                    args, kwargs = tree_map(state.settled, (args, kwargs))
+                args, kwargs = tree_map(state.allowed, (args, kwargs))
                 result = handler(state, *args, **kwargs)
             except LayoutError as error:
                 raise state.fail(str(error)) from None

@@ -245,8 +245,8 @@ def _outside_of_torch(y: Tensor) -> Tensor:
         (_diagonal, "writes in place into a view by diagonal"),
         (_expanded, "writes in place into a view by expand"),
         (_memory_order, "aten.as_strided"),
-        (_of_several_merged, "of flattened rows and columns, a run of cells"),
-        (_live_cells_of_a_sequence, "part of several merged dimensions"),
+        (_of_several_merged, "means something else than what is written"),
+        (_live_cells_of_a_sequence, "works on 29 of the image's 30 cells"),
         (_outside_of_torch, "depends on the values of its input"),
     ],
 )

@@ -14,21 +14,26 @@ import torch
 from torch import Tensor
 
 from genperf.sampling import _layout
+from genperf.sampling._aten import sequence
 from genperf.sampling._aten.layout import part as part_of
 from genperf.sampling._aten.registry import handles
-from genperf.sampling._ir import FAR, ConcatNode, Source, Window
+from genperf.sampling._ir import ConcatNode, Source
 from genperf.sampling._layout import Atom, Dim, Sym
 from genperf.sampling._lower import Lowering
 from genperf.sampling._program import Op
 
 
-@handles("constant_pad_nd")
+@handles("constant_pad_nd", deferred=True)
 def pad(state: Lowering, x: Sym, sizes: Sequence[int], value: float = 0.0) -> Any:
     for i in range(len(sizes) // 2):
         before, after = sizes[2 * i], sizes[2 * i + 1]
         dim = len(x.dims) - 1 - i
         if before == after == 0:
             continue
+        if sequence.is_flat(x, dim):
+            x = _pad_flat(state, x, dim, before, after, value)
+            continue
+        x = state.settled(x)
         kind = state.kind_of(x, dim)
         if kind == "C":
             x = _pad_channels(state, x, dim, before, after, value)
@@ -45,6 +50,16 @@ def pad(state: Lowering, x: Sym, sizes: Sequence[int], value: float = 0.0) -> An
                 padded = state.binary(padded, border, Op.ADD)
             x = padded
     return x
+
+
+def _pad_flat(state: Lowering, x: Sym, dim: int, before: int, after: int, value: float) -> Any:
+    start, end = max(0, -before), x.shape[dim] - max(0, -after)
+    pieces = sequence.cut(x, dim, start, end - start)
+    for size, at in ((before, 0), (after, len(pieces) + 1)):
+        if size > 0:
+            shape = [size if d == dim else 1 for d in range(len(x.dims))]
+            pieces.insert(at, sequence.Piece(torch.full(shape, float(value), dtype=state.dtype), 0, size))
+    return sequence.joined(state, pieces, dim)
 
 
 def _pad_channels(state: Lowering, x: Sym, dim: int, before: int, after: int, value: float) -> Any:
@@ -64,11 +79,14 @@ def _with(shape: Sequence[int], dim: int, size: int) -> list[int]:
     return [*shape[:dim], size, *shape[dim + 1 :]]
 
 
-@handles("cat")
+@handles("cat", deferred=True)
 def cat(state: Lowering, tensors: Sequence[Sym | Tensor], dim: int = 0) -> Any:
     rank = max(len(t.shape) for t in tensors)
     dim = dim % rank
     parts = [t for t in tensors if len(t.shape) == rank and t.shape[dim] > 0]
+    if any(sequence.is_flat(t, dim) for t in parts):
+        return sequence.joined(state, [p for t in parts for p in sequence.pieces_of(t, dim)], dim)
+    parts = [state.settled(t) for t in parts]
     syms = [t for t in parts if isinstance(t, Sym)]
     kinds = {a.kind for s in syms for a in s.dims[dim]} or {state.kind_of(syms[0], dim)}
     if len(kinds) > 1:
@@ -96,7 +114,10 @@ def roll(state: Lowering, x: Sym, shifts: Sequence[int], dims: Sequence[int] = (
         dim = dim % len(x.dims)
         size = x.shape[dim]
         cut = size - shift % size
-        if cut < size:
+        if cut < size and sequence.is_flat(x, dim):
+            pieces = sequence.cut(x, dim, cut, size - cut) + sequence.cut(x, dim, 0, cut)
+            x = sequence.joined(state, pieces, dim)
+        elif cut < size:
             parts = [part_of(state, x, dim, cut, size - cut), part_of(state, x, dim, 0, cut)]
             x = join(state, parts, dim, state.kind_of(x, dim))
     return x
@@ -150,7 +171,7 @@ def _join_channels(state: Lowering, parts: Sequence[Sym | Tensor], dim: int) -> 
 # writes into a part
 
 
-@handles("slice_scatter")
+@handles("slice_scatter", deferred=True)
 def slice_scatter(
     state: Lowering, whole: Any, part: Any, dim: int = 0, start: int | None = None, end: int | None = None,
     step: int = 1,
@@ -161,8 +182,11 @@ def slice_scatter(
     count = part.shape[dim]
     if count == whole.shape[dim]:
         return part
-    if isinstance(whole, Sym) and len({a.kind for a in whole.dims[dim]}) > 1:
-        return _write_cells(state, whole, part, dim, first, last, step)
+    if sequence.is_flat(whole, dim) or sequence.is_flat(part, dim):
+        if step != 1:
+            raise state.fail("writes with a step into cells of an image that is flattened to a sequence")
+        ends = [_flat_part(state, whole, dim, i, j) for i, j in ((0, first), (last, whole.shape[dim]))]
+        return sequence.joined(state, [*ends[0], *sequence.pieces_of(part, dim), *ends[1]], dim)
     kind = _kind(state, whole, part, dim)
     if step != 1 and kind != "C":
         raise state.fail("writes into every second row or column of a tensor that depends on the input")
@@ -177,6 +201,14 @@ def slice_scatter(
                 _piece(state, whole, dim, first + i * step + 1, end),
             ]
     return join(state, [p for p in pieces if p.shape[dim] > 0], dim, kind)
+
+
+def _flat_part(state: Lowering, x: Any, dim: int, start: int, end: int) -> list[sequence.Piece]:
+    if start == end:
+        return []
+    if isinstance(x, Tensor):
+        return [sequence.Piece(x, start, end - start)]
+    return sequence.cut(x, dim, start, end - start)
 
 
 @handles("select_scatter")
@@ -199,37 +231,3 @@ def _piece(state: Lowering, x: Any, dim: int, start: int, end: int) -> Any:
         size = end - start
         return x.narrow(dim, start, size) if isinstance(x, Tensor) else torch.empty(_with(x.shape, dim, size))
     return part_of(state, x, dim, start, end - start)
-
-
-def _write_cells(state: Lowering, whole: Sym, part: Any, dim: int, start: int, end: int, step: int) -> Any:
-    """Constants written to a run of cells of an image that is flattened to a sequence, such as the first."""
-    if [a.kind for a in whole.dims[dim]] != ["Y", "X"] or step != 1 or isinstance(part, Sym):
-        raise state.fail(
-            "writes into a part of several merged dimensions; of flattened rows and columns, a run of cells "
-            "can be set to constants"
-        )
-    cols = whole.size("X")
-    cells = whole.shape[dim]
-    kept: Any = None
-    for y0, y1, x0, x1 in (*rectangles(0, start, cols), *rectangles(end, cells, cols)):
-        inside = replace(whole, window=whole.own_window.then(Window(0, 0, y0, y1, x0, x1)))
-        kept = inside if kept is None else state.binary(kept, inside, Op.ADD)
-    written = torch.zeros(_with(part.shape, dim, cells), dtype=part.dtype)
-    written.narrow(dim, start, end - start).copy_(part)
-    return kept if not bool(written.any()) else state.binary(kept, written, Op.ADD)
-
-
-def rectangles(start: int, end: int, cols: int) -> list[tuple[int, int, int, int]]:
-    """(y0, y1, x0, x1) of at most three rectangles that make up cells start to end in raster order."""
-    found = []
-    while start < end:
-        y, x = divmod(start, cols)
-        rows = (end - start) // cols if x == 0 else 0
-        if rows:
-            found.append((y, y + rows, 0, FAR))
-            start += rows * cols
-        else:
-            stop = min(end, (y + 1) * cols)
-            found.append((y, y + 1, x, x + stop - start))
-            start = stop
-    return found

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from genperf.sampling import _layout
+from genperf.sampling._aten import sequence
 from genperf.sampling._aten.lookup import looked_up
 from genperf.sampling._aten.registry import handles
 from genperf.sampling._layout import Sym
@@ -78,6 +79,8 @@ def expand(state: Lowering, x: Sym, shape: Sequence[int], implicit: bool = False
 def part(state: Lowering, x: Sym, dim: int, start: int, length: int, step: int = 1) -> Sym:
     if length == x.shape[dim] and step == 1:
         return x
+    if step == 1 and sequence.is_flat(x, dim):
+        return sequence.taken(state, x, dim, start, length)
     return _layout.narrow(state.settled(x), dim, start, length, step)
 
 
@@ -99,6 +102,8 @@ def narrow(state: Lowering, x: Sym, dim: int, start: int, length: int) -> Sym:
 def select(state: Lowering, x: Sym, dim: int, index: int) -> Sym:
     dim = dim_of(x, dim)
     one = part(state, x, dim, index % x.shape[dim], 1)
+    if isinstance(one, sequence.Run):
+        one = one.settled(state)
     return replace(one, dims=(*one.dims[:dim], *one.dims[dim + 1 :]))
 
 

@@ -15,7 +15,8 @@ from genperf._op import cuda_stream
 
 from ._cuda_cost import DEVICES, Device, TeamPlan, best_team
 from ._cuda_steps import WARPS, Stream, build
-from ._program import FeedbackKind, HeadKind, Program, pack_weight
+from ._kernel_executor import KernelExecutor
+from ._program import HeadKind, Program, pack_weight
 
 
 @dataclass
@@ -39,7 +40,7 @@ class CUDAState:
     arrived: Tensor
 
 
-class CUDAExecutor:
+class CUDAExecutor(KernelExecutor):
     """Runs a program with the persistent CUDA kernel, in float32.
 
     The values are the same bits for any batch and any team, and those of :class:`CPUExecutor`.
@@ -61,15 +62,11 @@ class CUDAExecutor:
     ) -> None:
         if dtype != torch.float32:
             raise ValueError(f"CUDAExecutor: dtype: {dtype}; expected torch.float32")
-        self.device = torch.device(device)
-        if reason := _backend.unusable("cuda", self.device.type):
-            raise RuntimeError(f"CUDAExecutor: device {self.device}: {reason}")
-        self.program = program
+        target = torch.device(device)
+        if reason := _backend.unusable("cuda", target.type):
+            raise RuntimeError(f"CUDAExecutor: device {target}: {reason}")
+        super().__init__(program, target)
         self.team = team
-        self._tensors = [
-            t.detach().to(self.device, torch.float32 if t.is_floating_point() else torch.int64).contiguous()
-            for t in program.tensors
-        ]
         self._weights = [pack_weight(w.detach()).to(self.device) for w in program.weights]
         taps = torch.tensor(program.taps, dtype=torch.int32).view(-1, 2)
         self._taps = taps.to(self.device).view(torch.float32)
@@ -147,45 +144,6 @@ class CUDAExecutor:
             state.team.kind == "cluster", memory.sources, memory.head, memory.resident,
             memory.head_in_shared, temperature, top_k, cuda_stream(state.values),
         )  # fmt: skip
-
-    def params(self, state: CUDAState, slot: int) -> Tensor:
-        """What the network gives for this slot: [B, channels of its buffer from the operand's on]."""
-        head = self.program.head
-        operand = self.program.operands[head.params]
-        y, x = divmod(slot // head.draws, head.cols)
-        y, x = y + operand.dy, x + operand.dx
-        if not (operand.y0 <= y < operand.y1 and operand.x0 <= x < operand.x1):
-            channels = self.program.buffers[operand.index].channels - operand.channel
-            return state.values.new_zeros(state.batch, channels)
-        return self._cell(state, operand.index, y, x)[:, operand.channel :]
-
-    def feed(self, state: CUDAState, slot: int, value: Tensor) -> None:
-        """Takes ``value`` [B] as what was drawn in this slot."""
-        head = self.program.head
-        pixel, d = divmod(slot, head.draws)
-        y, x = divmod(pixel, head.cols)
-        value = value.to(self.device, torch.float32)
-        state.values[:, y, x, d] = value
-        if head.feedback == FeedbackKind.NONE:
-            return
-        cells = self._team_cells(state, head.input, y, x)
-        rows = torch.nn.functional.pad(value, (0, cells.shape[0] * cells.shape[1] - state.batch))
-        rows = rows.view(cells.shape[:2])
-        if head.feedback == FeedbackKind.SCALED:
-            cells[:, :, d] = rows * head.scale + head.offset
-        else:
-            cells.scatter_(2, (rows.long() + d * head.classes)[:, :, None], 1.0)
-
-    def _team_cells(self, state: CUDAState, buffer: int, y: int, x: int) -> Tensor:
-        """A view [teams, images of a team, channels]."""
-        b = self.program.buffers[buffer]
-        cell = y % b.ring_rows * b.ring_cols + x % b.ring_cols
-        first = (b.offset + cell * b.channels) * state.images
-        cells = state.workspace[:, first : first + state.images * b.channels]
-        return cells.view(len(state.workspace), state.images, b.channels)
-
-    def _cell(self, state: CUDAState, buffer: int, y: int, x: int) -> Tensor:
-        return self._team_cells(state, buffer, y, x).flatten(0, 1)[: state.batch]
 
 
 def _hardware(device: torch.device) -> Device:

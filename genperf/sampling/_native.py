@@ -9,13 +9,13 @@ from torch import Tensor
 
 from genperf import _backend
 
+from ._kernel_executor import KernelExecutor
 from ._program import (
     PANEL,
     Attention,
     Const,
     Conv,
     Embed,
-    FeedbackKind,
     HeadKind,
     Instruction,
     Pointwise,
@@ -44,8 +44,12 @@ class CPUState:
     values: Tensor
     scratch: Tensor
 
+    @property
+    def images(self) -> int:
+        return self.batch
 
-class CPUExecutor:
+
+class CPUExecutor(KernelExecutor):
     """Runs a program with the native CPU kernels, in float32, on ``torch.get_num_threads()`` threads.
 
     The values are the same bits for any number of threads and whatever else is in the batch.
@@ -60,11 +64,7 @@ class CPUExecutor:
             raise ValueError(f"CPUExecutor: dtype: {dtype}; expected torch.float32")
         if _backend.native is None:
             raise RuntimeError(f"CPUExecutor: {_backend.unusable('cpu', 'cpu')}")
-        self.program = program
-        self._tensors = [
-            t.detach().to("cpu", torch.float32 if t.is_floating_point() else torch.int64).contiguous()
-            for t in program.tensors
-        ]
+        super().__init__(program, torch.device("cpu"))
         self._weights = _pack(program)
         consts = self._channels_last(program)
         tables = replace(program, consts=consts).tables()
@@ -107,36 +107,6 @@ class CPUExecutor:
             state.workspace.data_ptr(), state.values.data_ptr(), _address(noise), _address(values),
             _address(mask), state.scratch.data_ptr(), state.batch, begin, end, temperature, top_k, threads,
         )  # fmt: skip
-
-    def params(self, state: CPUState, slot: int) -> Tensor:
-        """What the network gives for this slot: [B, channels of its buffer from the operand's on]."""
-        head = self.program.head
-        operand = self.program.operands[head.params]
-        y, x = divmod(slot // head.draws, head.cols)
-        y, x = y + operand.dy, x + operand.dx
-        if not (operand.y0 <= y < operand.y1 and operand.x0 <= x < operand.x1):
-            channels = self.program.buffers[operand.index].channels - operand.channel
-            return state.values.new_zeros(state.batch, channels)
-        return self._cell(state, operand.index, y, x)[:, operand.channel :]
-
-    def feed(self, state: CPUState, slot: int, value: Tensor) -> None:
-        """Takes ``value`` [B] as what was drawn in this slot."""
-        head = self.program.head
-        pixel, d = divmod(slot, head.draws)
-        y, x = divmod(pixel, head.cols)
-        value = value.to("cpu", torch.float32)
-        state.values[:, y, x, d] = value
-        if head.feedback == FeedbackKind.SCALED:
-            self._cell(state, head.input, y, x)[:, d] = value * head.scale + head.offset
-        elif head.feedback == FeedbackKind.ONE_HOT:
-            channel = (value.long() + d * head.classes)[:, None]
-            self._cell(state, head.input, y, x).scatter_(1, channel, 1.0)
-
-    def _cell(self, state: CPUState, buffer: int, y: int, x: int) -> Tensor:
-        b = self.program.buffers[buffer]
-        cell = y % b.ring_rows * b.ring_cols + x % b.ring_cols
-        start = (b.offset + cell * b.channels) * state.batch
-        return state.workspace[start : start + state.batch * b.channels].view(state.batch, b.channels)
 
     def _channels_last(self, program: Program) -> list[Const]:
         """The constants, with a copy of those whose channels are not side by side."""

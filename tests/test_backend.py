@@ -430,6 +430,30 @@ def test_a_negated_view():
     assert torch.equal(mean.grad, x)
 
 
+class WithoutTable(torch.Tensor):
+    """Read as torch before 2.10 lets every tensor be read: by its attributes."""
+
+    __dlpack_c_exchange_api__ = None
+    reads = 0
+
+    def data_ptr(self):
+        WithoutTable.reads += 1
+        return super().data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_tensors_without_a_table_of_dlpack(dtype):
+    packed, key = torch.randn(3, 4, 10).to(dtype), torch.tensor([5, 6])
+    mean, scale = packed.transpose(1, 2)[:, 1:].chunk(2, 2)
+    WithoutTable.reads = 0
+    with genperf.backend("cpu"):
+        expected = gaussian_sample(mean, scale, key=key)
+        out = gaussian_sample(mean.as_subclass(WithoutTable), scale.as_subclass(WithoutTable), key=key)
+    assert WithoutTable.reads == 2
+    assert torch.equal(out.z, expected.z)
+    assert torch.equal(out.kl, expected.kl)
+
+
 def test_keys_in_inference_mode_and_threads():
     """The key that a call draws for itself is used again: not between threads, and in any mode."""
     import threading

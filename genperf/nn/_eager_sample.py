@@ -14,15 +14,9 @@ import torch
 from torch import Tensor
 
 from genperf._torch_normal import torch_normal
-from genperf.ops.gaussian_sample import (
-    TRANSFORMS,
-    _backward_op,
-    _forward_op,
-    _joined,
-    _packed_backward_op,
-    _reference_backward,
-    torch_noise,
-)
+from genperf.ops._gaussian_sample_checks import torch_noise
+from genperf.ops._gaussian_sample_reference import TRANSFORMS, reference_backward
+from genperf.ops.gaussian_sample import _backward_op, _forward_op, _joined, _packed_backward_op
 
 #: Below this many elements the calls cost more than the arithmetic.
 FEW_ELEMENTS = 1 << 16
@@ -88,10 +82,10 @@ class _EagerSample(torch.autograd.Function):
         # With create_graph=True the formulas themselves are differentiated.
         formulas = torch.is_grad_enabled()
         if scale is None:
-            run = _joined(_reference_backward) if formulas else _packed_backward_op
+            run = _joined(reference_backward) if formulas else _packed_backward_op
             grads = run(grad_z, grad_kl, None, mean, 1, None, None, noise, None, *ctx.settings)
             return grads[0], *(None,) * 6
-        run = _reference_backward if formulas else _backward_op
+        run = reference_backward if formulas else _backward_op
         grads = run(grad_z, grad_kl, None, mean, scale, None, None, noise, None, *ctx.settings)
         return *grads[:2], *(None,) * 5
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,16 @@ class Recording:
     calls: list[Call]
     output: Any
     host_reads: list[str]
+
+    def on_cpu(self) -> None:
+        """Bring the constants to the CPU, where graphs and plans are made."""
+
+        def moved(a: Any) -> Any:
+            return a.cpu() if isinstance(a, Tensor) else a
+
+        for i, call in enumerate(self.calls):
+            args, kwargs = tree_map(moved, (call.args, call.kwargs))
+            self.calls[i] = replace(call, args=args, kwargs=kwargs)
 
 
 @dataclass(eq=False)

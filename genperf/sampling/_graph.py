@@ -39,6 +39,7 @@ def capture(
     first = record(model, model, example, arguments, keywords)
     if other is not None:
         record(model, model, other, arguments, keywords, expected=first)
+    first.on_cpu()
     index = not example.is_floating_point()
     spatial = example.shape[1 if index else 2 :]
     kinds = ("X",) if len(spatial) == 1 else ("Y", "X")

@@ -79,7 +79,8 @@ def forced_parameters(executor: Any, values: Tensor, parameters: int) -> Tensor:
     program = executor.program
     head = program.head
     state = executor.start(1)
-    noise = torch.full((1, head.rows, head.cols, head.noises), 0.5)
+    values = values.to(state.values.device)
+    noise = torch.full((1, head.rows, head.cols, head.noises), 0.5, device=values.device)
     known = (values, torch.ones_like(values, dtype=torch.bool))
     found = torch.full((program.slots, parameters), torch.nan)
     for slot in range(program.slots):

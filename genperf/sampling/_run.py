@@ -28,33 +28,35 @@ class Run:
         """The values [B, rows, cols, V]; ``bar``, if any, is told of each row."""
         program = self.executor.program
         state = self.executor.start(len(self.noise))
+        device = state.values.device
+        noise = self.noise.to(device)
+        known = None if self.known is None else (self.known[0].to(device), self.known[1].to(device))
         row = program.slots // program.head.rows
         step = program.slots if bar is None else row
         for begin in range(0, program.slots, step):
             if isinstance(head, heads.Callback):
                 for slot in range(begin, begin + step):
-                    self._call_back(head, state, slot)
+                    self._call_back(head, state, slot, noise, known)
             else:
-                self.executor.run(
-                    state, begin, begin + step, self.noise, self.temperature, self.top_k, self.known
-                )
+                self.executor.run(state, begin, begin + step, noise, self.temperature, self.top_k, known)
             if bar is not None:
                 bar.update()
         return state.values
 
-    def _call_back(self, head: heads.Callback, state: Any, slot: int) -> None:
+    def _call_back(
+        self, head: heads.Callback, state: Any, slot: int, noise: Tensor, known: tuple[Tensor, Tensor] | None
+    ) -> None:
         pixel, draw = divmod(slot, head.draws)
         y, x = divmod(pixel, self.executor.program.head.cols)
         self.executor.run(state, slot, slot + 1, None)
         params = self.executor.params(state, slot).clone()
         first = draw * head.draw_noises
-        noise = self.noise[:, y, x, first : first + head.draw_noises].to(params.device)
-        value = head.function(params, noise, draw)
+        value = head.function(params, noise[:, y, x, first : first + head.draw_noises], draw)
         if not isinstance(value, Tensor) or value.shape != (len(params),):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"sample: the callback's function gave {got}, expected a tensor [{len(params)}]")
-        if self.known is not None:
-            values, mask = (t[:, y, x, draw].to(value.device) for t in self.known)
+        if known is not None:
+            values, mask = (t[:, y, x, draw].to(value.device) for t in known)
             value = torch.where(mask, values.to(value.dtype), value)
         self.executor.feed(state, slot, value)
 

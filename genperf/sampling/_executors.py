@@ -49,11 +49,12 @@ def choose(executor: str, device: torch.device) -> tuple[str, str]:
     return best, f"the best on {device.type}"
 
 
-def build(name: str, program: Program, device: torch.device) -> Executor:
+def build(name: str, program: Program, device: torch.device, like: Executor | None = None) -> Executor:
+    """An executor of that name; ``like`` is one of a program with the same weights, if there is one."""
     if name == "cpu":
         from genperf.sampling._native import CPUExecutor
 
-        return CPUExecutor(program)
+        return CPUExecutor(program, like=like if isinstance(like, CPUExecutor) else None)
     if name == "cuda":
         from genperf.sampling._cuda import CUDAExecutor
 

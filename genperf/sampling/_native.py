@@ -53,10 +53,17 @@ class CPUExecutor(KernelExecutor):
     """Runs a program with the native CPU kernels, in float32, on ``torch.get_num_threads()`` threads.
 
     The values are the same bits for any number of threads and whatever else is in the batch.
+
+    Args:
+        like: an executor of a program with the same weights, to share them.
     """
 
     def __init__(
-        self, program: Program, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        program: Program,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        like: CPUExecutor | None = None,
     ) -> None:
         if torch.device(device).type != "cpu":
             raise ValueError(f"CPUExecutor: device: {device}; expected the CPU")
@@ -65,7 +72,7 @@ class CPUExecutor(KernelExecutor):
         if _backend.native is None:
             raise RuntimeError(f"CPUExecutor: {_backend.unusable('cpu', 'cpu')}")
         super().__init__(program, torch.device("cpu"))
-        self._weights = _pack(program)
+        self._weights: list[Tensor] = _pack(program) if like is None else like._weights
         consts = self._channels_last(program)
         tables = replace(program, consts=consts).tables()
         self._segments = program.segments.to("cpu", torch.int32).contiguous()

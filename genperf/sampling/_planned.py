@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -21,7 +21,8 @@ NO_MODEL = "this sampler was loaded without its model; give model to Sampler.loa
 
 @dataclass
 class Planned:
-    """``table`` holds the constants of the rows of conditioning that are known; ``version`` counts changes.
+    """``table`` holds the constants of the rows of conditioning that are known; ``version`` counts how often
+    these were forgotten. Other weights are another plan.
 
     A stale plan is of other weights than the model's, and all rows of it have to be recorded again.
     """
@@ -49,7 +50,7 @@ class Planned:
             raise RuntimeError(f"sample: a new conditioning has to be recorded; {NO_MODEL}")
         if missing and not self.stale:
             if self.table.nbytes > MOST:
-                self.table.clear()
+                self._forget()
                 missing = self._missing(keys, images)
             graph = self._graph(cond, missing)
             try:
@@ -68,7 +69,6 @@ class Planned:
         """The rows that the plan's own constants are of now."""
         self.table.add(keys, self.plan.program)
         self.stale = False
-        self.version += 1
 
     def program(self, numbers: Sequence[int]) -> Program:
         """For images with these rows of the table."""
@@ -94,7 +94,12 @@ class Planned:
         assert self.recorded is not None
         if self.recorded.seen is None:  # a file's: the model must be the one that was saved
             refill(self.plan, graph)
+            self.plan = replace(self.plan)
         else:  # weights that were 0, or are now, make another plan
             self.plan = plan(graph, self.interface.head, self.interface.feedback)
         self.recorded.seen = fingerprint(self.recorded.model)
+        self._forget()
+
+    def _forget(self) -> None:
         self.table.clear()
+        self.version += 1

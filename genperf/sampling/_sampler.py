@@ -58,7 +58,7 @@ class Sampler:
         self._interface = planned.interface
         self._cond = cond  # of compile
         self._asked, self._device_given = executor, device
-        self._executor: tuple[Any, Executor] | None = None
+        self._executor: tuple[Plan | None, Any, Executor | None] = (None, None, None)
         self._channels_last = False
         self._place()
 
@@ -296,7 +296,11 @@ class Sampler:
         """The executor for some images of the batch that has this conditioning."""
         numbers = self._planned.learn(cond, images)
         key = (self._planned.version, numbers, self.executor, self._device)
-        if self._executor is None or self._executor[0] != key:
-            self._executor = None  # first, to have one at a time in memory
-            self._executor = key, build(self.executor, self._planned.program(numbers), self._device)
-        return self._executor[1]
+        made, known, executor = self._executor
+        like = executor if made is self.plan else None
+        if like is None or known != key:
+            program = self._planned.program(numbers)
+            executor = build(self.executor, program, self._device, like)
+            self._executor = self.plan, key, executor
+        assert executor is not None
+        return executor

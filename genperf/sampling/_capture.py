@@ -120,6 +120,7 @@ def _is_value(a: Any) -> bool:
 
 
 _SHAPE_ONLY = ("_like", "aten.new_")  # makes a tensor of which the input gives only the shape
+_UNINITIALISED = ("aten.empty", "aten.new_empty")
 _OVERWRITES = ("copy_", "fill_", "zero_")
 
 
@@ -222,6 +223,8 @@ class _Recorder(TorchDispatchMode):
         if func in IN_PLACE or (not written and (any(aliases) or func in SAME or func in SILENT_VIEWS)):
             return self._view(func, args, kwargs)
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        if name.startswith(_UNINITIALISED):
+            return func(*args, **kwargs).zero_()  # as a constant the same each time
         if not any(self._root(t) is not None for t in tensors):
             return func(*args, **kwargs)
         if name.endswith(_SHAPE_ONLY[0]) or name.startswith(_SHAPE_ONLY[1]):
@@ -269,6 +272,8 @@ class _Recorder(TorchDispatchMode):
         if len(written) != 1 or written[0] >= len(args) or not isinstance(args[written[0]], Tensor):
             raise self._fail(f"{func.overloadpacket} writes several tensors, or into out=")
         target = args[written[0]]
+        if target.numel() == 0:
+            return func(*args, **kwargs)
         operands = [a for i, a in enumerate(symbolic[0]) if i != written[0] or name not in _OVERWRITES]
         live = any(map(_is_value, tree_leaves((operands, symbolic[1]))))
         root = self._root(target)

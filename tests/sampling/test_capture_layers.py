@@ -113,6 +113,7 @@ def test_normalisation_over_channels_is_causal(name: str) -> None:
         nn.LayerNorm([8, 5, 6]),
         nn.LayerNorm(6),
         lambda y: y.cumsum(3),
+        lambda y: y.flip(3),
         lambda y: y.roll(-1, 2),
     ],
 )
@@ -152,6 +153,11 @@ _SHAPES: dict[str, layers.Body] = {
     "pixel unshuffle and shuffle": lambda y: F.pixel_shuffle(
         _downward(F.pixel_unshuffle(F.pad(y, (0, 0, 1, 0)), 2)), 2
     )[:, :, :5],
+    "channels by number": lambda y: y[:, [2, 3, 0, 0, -1]],
+    "channels by a mask": lambda y: y[:, torch.arange(8) % 3 == 0],
+    "reversed channels": lambda y: y.flip(1),
+    "repeated channels": lambda y: y.repeat(1, 2, 1, 1) * y[:, :2].repeat(1, 8, 1, 1),
+    "channel shuffle": lambda y: y.view(2, 2, 4, 5, 6).transpose(1, 2).reshape(2, 8, 5, 6),
     "flattened to a sequence": lambda y: (
         torch.relu(y.flatten(2).transpose(1, 2)).transpose(1, 2).view(2, 8, 5, 6)
     ),
@@ -204,6 +210,9 @@ _REFUSED: dict[str, tuple[layers.Body, str]] = {
     "softmax over classes": (lambda y: F.softmax(y, 1), "return logits"),
     "log-softmax over classes": (lambda y: F.log_softmax(y, 1), "return logits"),
     "random numbers": (_Noise(), "draws random numbers"),
+    "rows by number": (lambda y: y[:, :, [0, 0, 1, 2, 3]], "use slices"),
+    "places by number": (lambda y: y[:, [0, 1], :, [2, 3]], "more than one list"),
+    "repeated rows": (lambda y: y[:, :, :1].repeat(1, 1, 5, 1), "over images, rows or columns"),
     "rounding": (lambda y: y.round(), "aten.round"),
     "integers": (lambda y: y.long().to(y), "rounds an input-dependent tensor"),
     "odd powers": (lambda y: y.abs() ** 1.7, "power 1.7"),

@@ -33,6 +33,7 @@ def _shift_by_addition(y: Tensor) -> Tensor:
 def _zeroed_slices(y: Tensor) -> Tensor:
     y[:, 2:5, 1:3].zero_()
     y[:, :, -1, 2:].fill_(0.25)
+    y[:, :0] += 1
     return y
 
 
@@ -184,7 +185,11 @@ def _from_the_next_pixel(y: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("body", [_from_the_row_below, _from_the_next_pixel])
+def _around_the_image(y: Tensor) -> Tensor:
+    return F.conv2d(F.pad(y, (1, 1, 1, 1), mode="circular"), torch.ones(1, 8, 3, 3).to(y))
+
+
+@pytest.mark.parametrize("body", [_from_the_row_below, _from_the_next_pixel, _around_the_image])
 def test_writes_that_bring_the_future_are_refused(body: layers.Body) -> None:
     graph = layers.captured(layers.Around(body))
     with pytest.raises(CausalityError, match="looks at the future"):
@@ -253,6 +258,17 @@ def _outside_of_torch(y: Tensor) -> Tensor:
 def test_writes_without_an_incremental_form_are_named(body: layers.Body, why: str) -> None:
     with pytest.raises(CaptureError, match=why):
         layers.captured(layers.Around(body))
+
+
+def test_memory_that_is_not_initialised_is_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a model with a buffer would look as if it depended on its input."""
+    before = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)  # fills it with NaN
+    try:
+        layers.captured(layers.Around(_empty_buffer))
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def test_a_part_that_is_written_again_keeps_one_copy() -> None:

@@ -10,6 +10,7 @@ from genperf.sampling._aten import (  # noqa: F401
     masks,
     pointwise,
     windows,
+    writes,
 )
 from genperf.sampling._aten.registry import HANDLERS
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genperf.sampling._aten.joining import index_select
 from genperf.sampling._aten.layout import dim_of
 from genperf.sampling._aten.registry import handles
 from genperf.sampling._ir import GlobalNode
@@ -158,7 +159,16 @@ def _global(state: Lowering, x: Sym) -> Sym:
     return state.finished(x, GlobalNode, state.ref(x))
 
 
-@handles("native_group_norm", "cumsum", "flip")
+@handles("flip")
+def flip(state: Lowering, x: Sym, dims: Sequence[int]) -> Any:
+    if over_cells(x, [dim_of(x, d) for d in dims]):
+        return _global(state, x)
+    for dim in dims:
+        x = index_select(state, x, dim, torch.arange(x.shape[dim]).flip(0))
+    return x
+
+
+@handles("native_group_norm", "cumsum")
 def over_the_map(state: Lowering, x: Sym, *_: Any, **__: Any) -> Any:
     """Keeps the shape and looks at every cell."""
     return [_global(state, x), None, None] if "norm" in state.operation else _global(state, x)

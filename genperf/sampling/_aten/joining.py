@@ -1,4 +1,4 @@
-"""Padding, concatenation, and writes into a part of a tensor.
+"""Padding, concatenation, and channels picked by number.
 
 Along channels the parts stand side by side in a new node. Along rows and columns each part is read through
 a window, which gives 0 outside of it, and the parts are added: nothing that is left out can leak in.
@@ -6,6 +6,7 @@ a window, which gives 0 outside of it, and the parts are added: nothing that is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -97,10 +98,10 @@ def cat(state: Lowering, tensors: Sequence[Sym | Tensor], dim: int = 0) -> Any:
 @handles("stack")
 def stack(state: Lowering, tensors: Sequence[Sym | Tensor], dim: int = 0) -> Any:
     dim = dim % (len(tensors[0].shape) + 1)
-    return join(state, [_unsqueeze(t, dim) for t in tensors], dim, "C")
+    return join(state, [unsqueezed(t, dim) for t in tensors], dim, "C")
 
 
-def _unsqueeze(x: Sym | Tensor, dim: int) -> Sym | Tensor:
+def unsqueezed(x: Sym | Tensor, dim: int) -> Sym | Tensor:
     if isinstance(x, Tensor):
         return x.unsqueeze(dim)
     return replace(x, dims=(*x.dims[:dim], (), *x.dims[dim:]))
@@ -168,66 +169,36 @@ def _join_channels(state: Lowering, parts: Sequence[Sym | Tensor], dim: int) -> 
     return replace(joined, dims=(*joined.dims[1 : dim + 1], joined.dims[0], *joined.dims[dim + 1 :]))
 
 
-# writes into a part
+@handles("index_select")
+def index_select(state: Lowering, x: Sym, dim: int, index: Any) -> Any:
+    if not isinstance(x, Sym) or not isinstance(index, Tensor):
+        raise state.fail("picks by numbers that depend on the sampled pixels")
+    dim = dim % len(x.dims)
+    chosen = [i % x.shape[dim] for i in index.flatten().tolist()]
+    kind = state.kind_of(x, dim)
+    if kind != "C":
+        raise state.fail("picks images, rows or columns by number; use slices")
+    breaks = [0, *(i for i in range(1, len(chosen)) if chosen[i] != chosen[i - 1] + 1), len(chosen)]
+    runs = [part_of(state, x, dim, chosen[i], j - i) for i, j in itertools.pairwise(breaks)]
+    return join(state, runs, dim, kind)
 
 
-@handles("slice_scatter", deferred=True)
-def slice_scatter(
-    state: Lowering, whole: Any, part: Any, dim: int = 0, start: int | None = None, end: int | None = None,
-    step: int = 1,
-) -> Any:  # fmt: skip
-    rank = len(whole.shape)
-    dim = dim % rank
-    first, last, step = slice(start, end, step).indices(whole.shape[dim])
-    count = part.shape[dim]
-    if count == whole.shape[dim]:
-        return part
-    if sequence.is_flat(whole, dim) or sequence.is_flat(part, dim):
-        if step != 1:
-            raise state.fail("writes with a step into cells of an image that is flattened to a sequence")
-        ends = [_flat_part(state, whole, dim, i, j) for i, j in ((0, first), (last, whole.shape[dim]))]
-        return sequence.joined(state, [*ends[0], *sequence.pieces_of(part, dim), *ends[1]], dim)
-    kind = _kind(state, whole, part, dim)
-    if step != 1 and kind != "C":
-        raise state.fail("writes into every second row or column of a tensor that depends on the input")
-    pieces = [_piece(state, whole, dim, 0, first)]
-    if step == 1:
-        pieces += [part, _piece(state, whole, dim, last, whole.shape[dim])]
-    else:
-        for i in range(count):
-            end = first + (i + 1) * step if i + 1 < count else whole.shape[dim]
-            pieces += [
-                _piece(state, part, dim, i, i + 1),
-                _piece(state, whole, dim, first + i * step + 1, end),
-            ]
-    return join(state, [p for p in pieces if p.shape[dim] > 0], dim, kind)
+@handles("index")
+def index(state: Lowering, x: Sym, indices: Sequence[Any]) -> Any:
+    given = [(dim, i) for dim, i in enumerate(indices) if i is not None]
+    if len(given) != 1 or not isinstance(given[0][1], Tensor) or given[0][1].dim() != 1:
+        raise state.fail("picks by more than one list of numbers")
+    dim, chosen = given[0]
+    return index_select(state, x, dim, chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen)
 
 
-def _flat_part(state: Lowering, x: Any, dim: int, start: int, end: int) -> list[sequence.Piece]:
-    if start == end:
-        return []
-    if isinstance(x, Tensor):
-        return [sequence.Piece(x, start, end - start)]
-    return sequence.cut(x, dim, start, end - start)
-
-
-@handles("select_scatter")
-def select_scatter(state: Lowering, whole: Any, part: Any, dim: int, index: int) -> Any:
-    dim = dim % len(whole.shape)
-    index = index % whole.shape[dim]
-    return slice_scatter(state, whole, _unsqueeze(part, dim), dim, index, index + 1)
-
-
-def _kind(state: Lowering, whole: Any, part: Any, dim: int) -> str:
-    known = {a.kind for t in (whole, part) if isinstance(t, Sym) for a in t.dims[dim]}
-    if len(known) > 1:
-        raise state.fail("writes into a dimension that means something else than what is written")
-    return known.pop() if known else state.kind_of(part, dim)
-
-
-def _piece(state: Lowering, x: Any, dim: int, start: int, end: int) -> Any:
-    end = max(start, end)
-    if isinstance(x, Tensor) or start == end:
-        size = end - start
-        return x.narrow(dim, start, size) if isinstance(x, Tensor) else torch.empty(_with(x.shape, dim, size))
-    return part_of(state, x, dim, start, end - start)
+@handles("repeat")
+def repeat(state: Lowering, x: Sym, times: Sequence[int]) -> Any:
+    x = replace(x, dims=((),) * (len(times) - len(x.dims)) + x.dims)
+    for dim, n in enumerate(times):
+        if n != 1:
+            kind = state.kind_of(x, dim)
+            if kind != "C":
+                raise state.fail("repeats an input-dependent tensor over images, rows or columns")
+            x = join(state, [x] * n, dim, kind)
+    return x

@@ -107,7 +107,7 @@ def _interface(
     outputs = []
 
     def call() -> None:
-        with torch.no_grad(), preserved(recorded.model):
+        with preserved(recorded.model):
             zeros = torch.zeros(1, *shape, dtype=torch.int64, device=device)
             outputs.append(recorded.model(zeros, **keywords))
 
@@ -124,7 +124,7 @@ def _interface(
     interface = Interface(shape, head, found)
     interface.check()
     if not outputs:
-        with torch.no_grad(), preserved(recorded.model):
+        with preserved(recorded.model):
             outputs.append(recorded.call(interface, interface.random_values(1, seed=0), one))
     (output,) = outputs
     (params, *_) = interface.parameters(output, 1).values()
@@ -169,7 +169,7 @@ def _check(sampler: Sampler, recorded: Recorded, cond: dict[str, Tensor], parame
     interface = sampler._interface
     one = {n: t[:1] for n, t in cond.items()}
     values, slots = _probe.probes(interface)
-    with torch.no_grad(), preserved(recorded.model):
+    with preserved(recorded.model):
         output = recorded.call(interface, values, one)
     _probe.check_future(interface, output, slots, parameters)
     executor = sampler._prepared(one, range(1))

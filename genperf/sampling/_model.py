@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -85,19 +85,23 @@ def check_mode(model: nn.Module) -> None:
 
 
 @contextmanager
-def preserved(model: nn.Module, values: bool = True) -> Iterator[None]:
+def preserved(model: nn.Module) -> Iterator[None]:
     """Undoes what a forward changes: parameters and buffers, attributes of modules, torch's random state.
 
-    Args:
-        values: False leaves the values of parameters and buffers, as for a later backward pass.
+    No gradients are recorded inside, and the caller's autocast and inference mode are off.
     """
     attributes = [
         (m, dict(m.__dict__), {k: copy.copy(v) for k, v in m.__dict__.items() if isinstance(v, (dict, list))})
         for m in model.modules()
     ]
-    saved = [(t, t.detach().clone()) for _, t in tensors(model)] if values else []
+    saved = [(t, t.detach().clone()) for _, t in tensors(model)]
     devices = {t.device.index or 0 for _, t in tensors(model) if t.is_cuda}
-    with torch.random.fork_rng(sorted(devices)):
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(sorted(devices)))
+        for kind in {"cpu", *(t.device.type for _, t in tensors(model))}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))  # in which composite operations are not taken apart
+        stack.enter_context(torch.no_grad())
         try:
             yield
         finally:

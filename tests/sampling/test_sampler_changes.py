@@ -160,6 +160,28 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("family", ["gated_pixelcnn_class", "pixelcnnpp_grey", "pixelsnail"])
+def test_the_callers_modes_make_no_difference(family):
+    tiny = models.tiny_model(family)
+    cond = models.conditioning(tiny, 2) or None
+    expected = naive.compiled(tiny).sample(2, seed=1, cond=cond)
+    with torch.inference_mode():
+        sampler = naive.compiled(tiny)
+        assert torch.equal(sampler.sample(2, seed=1, cond=cond), expected)
+    sampler.refresh()
+    assert torch.equal(sampler.sample(2, seed=1, cond=cond), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(naive.compiled(tiny).sample(2, seed=1, cond=cond), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_widened(dtype):
+    tiny = models.tiny_model("gated_pixelcnn")
+    sampler = naive.compiled(tiny._replace(model=tiny.model.to(dtype)))
+    samples = sampler.sample(2, seed=1)
+    assert torch.equal(samples, naive.compiled(tiny._replace(model=tiny.model.float())).sample(2, seed=1))
+
+
 def test_the_fingerprint_sees_single_bits():
     model = nn.Linear(7, 9)
     model.register_buffer("count", torch.zeros(3, dtype=torch.int16))

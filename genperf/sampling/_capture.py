@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from genperf.sampling._calls import Call, Recording, Value, equal
 from genperf.sampling._errors import CaptureError
 from genperf.sampling._views import (
     IN_PLACE,
@@ -34,52 +35,6 @@ from genperf.sampling._views import (
     steps_of,
     undo,
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Value:
-    """A tensor that depends on the input: result ``index`` of recorded call ``call``; -1 is the input."""
-
-    call: int
-    index: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Call:
-    """One aten call: ``args`` and ``kwargs`` hold Values, constant tensors and plain numbers."""
-
-    target: Target
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    results: tuple[Value | None, ...]
-    module: str
-
-    @property
-    def name(self) -> str:
-        where = self.module or "the model's own forward"
-        return f"{where} ({self.target.overloadpacket})"
-
-
-@dataclass
-class Recording:
-    """The calls of one forward, and its output with Values in the place of tensors."""
-
-    input: Value
-    calls: list[Call]
-    output: Any
-    host_reads: list[str]
-
-    def on_cpu(self) -> None:
-        """Bring the constants to the CPU, where graphs and plans are made."""
-
-        def moved(a: Any) -> Any:
-            return a.cpu() if isinstance(a, Tensor) else a
-
-        for i, call in enumerate(self.calls):
-            args, kwargs = tree_map(moved, (call.args, call.kwargs))
-            self.calls[i] = replace(call, args=args, kwargs=kwargs)
 
 
 @dataclass(eq=False)
@@ -207,7 +162,7 @@ class _Recorder(TorchDispatchMode):
     def _compare(self, call: Call) -> None:
         assert self._expected is not None
         calls = self._expected.calls
-        same = len(self.calls) < len(calls) and _equal(call, calls[len(self.calls)])
+        same = len(self.calls) < len(calls) and equal(call, calls[len(self.calls)])
         if not same:
             raise CaptureError(f"{call.name}: what the model computes depends on the values of its input")
 
@@ -384,17 +339,3 @@ def record(
         name = expected.calls[len(recorder.calls)].name
         raise CaptureError(f"{name}: what the model computes depends on the values of its input")
     return Recording(start, recorder.calls, symbolic, recorder.host_reads)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Call):
-        return a.target == b.target and _equal((a.args, a.kwargs), (b.args, b.kwargs))
-    if isinstance(a, Value):
-        return isinstance(b, Value) and (a.call, a.index, a.shape) == (b.call, b.index, b.shape)
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
-    if isinstance(a, (list, tuple)):
-        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    return bool(a == b)

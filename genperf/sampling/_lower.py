@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from genperf.sampling import _layout
-from genperf.sampling._capture import Call, Recording, Value
+from genperf.sampling._calls import Call, Recording, Value
 from genperf.sampling._errors import CaptureError
 from genperf.sampling._ir import ConvNode, Input, Node, PointwiseNode, Ref, Source
 from genperf.sampling._layout import Atom, Dim, LayoutError, Sym, reference, wide

@@ -50,18 +50,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers, each once."""
-    return [*model.named_parameters(), *model.named_buffers()]
+def tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, each once; several times faster than by their names."""
+    seen = set()
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for tensor in own.values():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield tensor
 
 
 def device_of(model: nn.Module) -> torch.device:
-    return next((t.device for _, t in tensors(model)), torch.device("cpu"))
+    return next((t.device for t in tensors(model)), torch.device("cpu"))
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Of the floats that the model takes and gives."""
-    return next((t.dtype for _, t in tensors(model) if t.is_floating_point()), torch.get_default_dtype())
+    return next((t.dtype for t in tensors(model) if t.is_floating_point()), torch.get_default_dtype())
 
 
 def check_mode(model: nn.Module) -> None:
@@ -94,11 +100,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
         (m, dict(m.__dict__), {k: copy.copy(v) for k, v in m.__dict__.items() if isinstance(v, (dict, list))})
         for m in model.modules()
     ]
-    saved = [(t, t.detach().clone()) for _, t in tensors(model)]
-    devices = {t.device.index or 0 for _, t in tensors(model) if t.is_cuda}
+    saved = [(t, t.detach().clone()) for t in tensors(model)]
+    devices = {t.device.index or 0 for t in tensors(model) if t.is_cuda}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(sorted(devices)))
-        for kind in {"cpu", *(t.device.type for _, t in tensors(model))}:
+        for kind in {"cpu", *(t.device.type for t in tensors(model))}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.inference_mode(False))  # in which composite operations are not taken apart
         stack.enter_context(torch.no_grad())
@@ -125,9 +131,9 @@ def fingerprint(model: nn.Module) -> Any:
     """
     facts: list[Any] = []
     sums: list[Tensor] = []
-    for name, tensor in tensors(model):
+    for tensor in tensors(model):
         version = 0 if tensor.is_inference() else tensor._version
-        facts.append((name, tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape)))
+        facts.append((tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape)))
         if tensor.layout is not torch.strided:
             continue
         if tensor.is_cpu and tensor.nbytes <= _SMALL and tensor.is_contiguous() and not tensor.is_complex():

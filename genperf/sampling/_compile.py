@@ -15,7 +15,7 @@ from genperf.sampling._conditioning import row_keys
 from genperf.sampling._errors import CaptureError
 from genperf.sampling._executors import choose
 from genperf.sampling._feedback import Feedback, Scaled
-from genperf.sampling._interface import Interface, find_feedback, find_head
+from genperf.sampling._interface import Interface, find_feedback, find_head, first_line
 from genperf.sampling._ir import EmbedNode, Graph, Ref
 from genperf.sampling._model import check_mode, device_of, fingerprint, first_tensor, preserved, unwrapped
 from genperf.sampling._plan import plan
@@ -123,11 +123,22 @@ def _interface(
         head = find_head(first_tensor(outputs[0]), shape)
     interface = Interface(shape, head, found)
     interface.check()
+    # torch would take a single image without channels for channels without a batch.
+    images = 2 if len(shape) < 3 and found != "index" else 1
     if not outputs:
-        with preserved(recorded.model):
-            outputs.append(recorded.call(interface, interface.random_values(1, seed=0), one))
+        values = interface.random_values(images, seed=0)
+        try:
+            with preserved(recorded.model):
+                outputs.append(recorded.call(interface, values, one))
+        except Exception as error:
+            taken = interface.to_model(interface.encoded(values, torch.float32))
+            raise ValueError(
+                f"compile: the model cannot be called with {taken.dtype} {list(taken.shape)} for shape "
+                f"{shape} and feedback {found!r} ({first_line(error)}). shape is (1, H, W) where a model of "
+                "grey images has a channel dimension; further arguments are given by cond and fixed"
+            ) from error
     (output,) = outputs
-    (params, *_) = interface.parameters(output, 1).values()
+    (params, *_) = interface.parameters(output, images).values()
     if head.parameters not in (None, params.shape[1]):
         raise ValueError(
             f"compile: the model's output has shape {tuple(first_tensor(output).shape)}, with "

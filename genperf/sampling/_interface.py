@@ -182,14 +182,14 @@ def find_feedback(
             return Scaled()
         raise ValueError(
             "compile: feedback cannot be found: the model takes no int64 [B, "
-            f"{', '.join(map(str, shape))}] of class indices ({_first_line(error)}). Give feedback: "
+            f"{', '.join(map(str, shape))}] of class indices ({first_line(error)}). Give feedback: "
             "Scaled(1, 0) for the index as a float, Scaled(1 / 255) for levels 0 to 255 as 0 to 1, "
-            "'one_hot' for one channel a class"
+            "'one_hot' for one channel a class; or give further arguments of forward by cond and fixed"
         ) from error
     return "index"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

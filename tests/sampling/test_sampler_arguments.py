@@ -184,6 +184,20 @@ def test_compile(build, options, error, message):
         build(**options)
 
 
+def test_a_call_that_fails_says_what_to_give():
+    class Labelled(nn.Module):
+        def forward(self, x, label):
+            return x
+
+    with pytest.raises(
+        ValueError, match=r"missing 1 required positional argument: 'label'.*by cond and fixed"
+    ):
+        sampling.compile(Labelled(), (5, 6))
+    message = r"cannot be called with torch\.float32 \[2, 6, 7\] .*shape is \(1, H, W\) where a model of grey"
+    with pytest.raises(ValueError, match=message):
+        sampling.compile(nn.Conv2d(1, 5, 3, padding=1), (6, 7), FIVE, feedback=Scaled())
+
+
 def test_compile_takes_a_module():
     with pytest.raises(TypeError, match=r"compile: model is function, expected a torch\.nn\.Module"):
         sampling.compile(lambda x: x, (3, 3))

@@ -124,8 +124,8 @@ def node_times(times: Times, node: Node) -> Known:
         return _merged(label, np.concatenate([p.cells for p in parts]))
     if isinstance(node, PointwiseNode):
         a, b = (times.parts(s, rows, cols, channels) for s in (node.a, node.b))
-        pairs, label = np.unique(np.stack([a.label, b.label]), axis=1, return_inverse=True)
-        return _merged(label.reshape(-1), np.maximum(a.cells[pairs[0]], b.cells[pairs[1]]))
+        first, label = _distinct(np.stack([a.label, b.label], 1))
+        return _merged(label, np.maximum(a.cells[a.label[first]], b.cells[b.label[first]]))
     if isinstance(node, AttentionNode):
         keys = np.maximum(times.of(node.k, rows, cols), times.of(node.v, rows, cols)).ravel()
         last = np.concatenate([[-1], np.maximum.accumulate(keys)])
@@ -171,17 +171,28 @@ def _sum_times(
 
     One group for every set of terms that some channel depends on.
     """
-    kinds, label = np.unique(np.concatenate([init.label[None], used]), axis=1, return_inverse=True)
-    known = [np.maximum(init.cells[kind[0]], seen[kind[1:] != 0].max(0, initial=-1)) for kind in kinds.T]
-    return label.reshape(-1), np.stack(known)
+    first, label = _distinct(np.concatenate([init.label[:, None], used.T], 1))
+    known = [np.maximum(init.cells[init.label[c]], seen[used[:, c]].max(0, initial=-1)) for c in first]
+    return label, np.stack(known)
 
 
 def _merged(label: NDArray[np.int64], cells: NDArray[np.int64]) -> Known:
     """Groups of equal times as one."""
     if len(cells) == 1:
         return Known(label, cells)
-    flat, same = np.unique(cells.reshape(len(cells), -1), axis=0, return_inverse=True)
-    return Known(same.reshape(-1)[label], flat.reshape(-1, *cells.shape[1:]))
+    first, same = _distinct(cells.reshape(len(cells), -1))
+    return Known(same[label], cells[first])
+
+
+def _distinct(rows: NDArray[np.int64]) -> tuple[list[int], NDArray[np.int64]]:
+    """Where each different row is first, and for every row which of these it is.
+
+    ``np.unique`` would sort them, which takes most of the time of a plan.
+    """
+    found: dict[bytes, int] = {}
+    label = [found.setdefault(row.tobytes(), len(found)) for row in rows]
+    first = [label.index(i) for i in range(len(found))]
+    return first, np.array(label)
 
 
 def check_causal(graph: Graph, times: Times, draw: Sequence[int] | None = None) -> None:

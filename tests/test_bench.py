@@ -378,6 +378,13 @@ def test_regions_have_names(measured, tmp_path):
     assert path.read_text() == f"{first}\n{begin}\n{table.markdown(measured)}\n{end}\n"
 
 
+def test_a_report_names_what_was_measured_at_another_commit(measured):
+    assert f"at {measured.header['commit']}, torch" in table.title(measured)
+    later = [dataclasses.replace(row, op="cubes", commit="abc") for row in measured.rows]
+    text = table.title(Results(measured.header, [*measured.rows, *later]))
+    assert f"at {measured.header['commit']} (cubes at abc), torch" in text
+
+
 def test_a_report_of_some_modes(measured, tmp_path, capsys):
     measured.save(tmp_path / "out.json")
     assert cli.main(["report", str(tmp_path / "out.json"), "--mode", "fwd+bwd", "--dtype", "float*"]) == 0

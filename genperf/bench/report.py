@@ -103,7 +103,7 @@ def _baseline(results: Results) -> str:
 
 
 def _caption(results: Results) -> str:
-    return "\n".join(textwrap.wrap(title(results.header), 120))
+    return "\n".join(textwrap.wrap(title(results), 120))
 
 
 def _colours(results: Results) -> dict[str, str]:

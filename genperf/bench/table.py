@@ -46,9 +46,12 @@ def _significant(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def title(header: dict[str, Any]) -> str:
+def title(results: Results) -> str:
     """One paragraph on where the numbers come from."""
+    header = results.header
     version = header["versions"]
+    measured = {f"{row.op} at {row.commit}": None for row in results.rows if row.commit != header["commit"]}
+    apart = f" ({', '.join(measured)})" if measured else ""
     ceilings = header["ceilings"]
     threads = header["cpu"]["threads"]
     where = header["device_name"]
@@ -59,7 +62,7 @@ def title(header: dict[str, Any]) -> str:
     before, after = (header["load_average"].get(when, [float("nan")])[0] for when in ("before", "after"))
     load = f"load average {before:.1f} before and {after:.1f} after"
     return (
-        f"{where}; genperf {version.get('genperf', '(not installed)')} at {header['commit']}, "
+        f"{where}; genperf {version.get('genperf', '(not installed)')} at {header['commit']}{apart}, "
         f"torch {version['torch']}; {header['date'][:10]}. "
         f"Copy {ceilings['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"float32 matmul {ceilings['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s; {load}."
@@ -100,7 +103,7 @@ def terminal(results: Results) -> str:
     if all(line is tabulate.SEPARATING_LINE or not line[9] for line in lines):
         names.pop(9)
         lines = [line if line is tabulate.SEPARATING_LINE else line[:9] + line[10:] for line in lines]
-    text = [title(results.header), "", tabulate.tabulate(lines, names, disable_numparse=True)]
+    text = [title(results), "", tabulate.tabulate(lines, names, disable_numparse=True)]
     for left_out in results.header["skipped"]:
         text.append(f"not measured: {left_out['op']} with {left_out['provider']}: {left_out['reason']}")
     return "\n".join(text)
@@ -125,7 +128,7 @@ def markdown(results: Results) -> str:
     table = tabulate.tabulate(lines, names, tablefmt="github", disable_numparse=True)
     baseline = next((row.provider for row in results.rows if row.provider in BASELINES), "eager")
     notes = [
-        f"{title(results.header)} Each cell: {clock_name(results.rows[0])} of a call, and in brackets the "
+        f"{title(results)} Each cell: {clock_name(results.rows[0])} of a call, and in brackets the "
         f"speed-up over {baseline}.",
         *_overheads(results),
     ]

@@ -167,6 +167,18 @@ def test_kernels(quick, tmp_path):
     _gate(quick["kernels"], tmp_path)
 
 
+def test_the_search_for_codewords_uses_tensor_cores(quick):
+    instructions = {
+        80: r"mma\.sync\S*\.f32\.f16\.f16",
+        90: r"wgmma\.mma_async\S*\.f32\.f16\.f16",
+        100: r"tcgen05\.mma\S*::f16",
+    }
+    searches = [k for k in quick["kernels"] if k["kernel"] == "_search_kernel"]
+    assert {k["capability"] for k in searches} == set(CAPABILITIES)
+    for kernel in searches:
+        assert re.search(instructions[kernel["capability"]], kernel["ptx"]), kernel["capability"]
+
+
 @pytest.mark.slow
 def test_all_kernels(tmp_path):
     _gate(_compiled(tmp_path, "--slow")["kernels"], tmp_path)

@@ -171,6 +171,18 @@ def _refuses(x: Tensor, codebook: Tensor, *_: Any) -> str | None:
     return None if codebook.shape[1] < 2**31 else f"{codebook.shape[1]} codewords, below 2^31"
 
 
+def _triton(*args: Any) -> tuple[Tensor, Tensor | None]:
+    from genperf.kernels.vq_nearest import vq_nearest
+
+    return vq_nearest(*args)
+
+
+def _refuses_triton(x: Tensor, codebook: Tensor, metric: int, k: int, *_: Any) -> str | None:
+    if metric == _COSINE:
+        return "the exact comparison of cosines is not written for it"
+    return "it finds one codeword alone" if k > 1 else _refuses(x, codebook)
+
+
 _op = Operator(
     "vq_nearest",
     "(Tensor x, Tensor codebook, int metric, int k, bool want_distances)"
@@ -179,6 +191,7 @@ _op = Operator(
     _outputs,
 )
 _op.implement("cpu", _cpu, _refuses)
+_op.implement("triton", _triton, _refuses_triton)
 
 
 def vq_nearest(
@@ -202,6 +215,10 @@ def vq_nearest(
     Low precision makes it fast: scores in float32 single out the few codewords within a proven bound of the
     best, and only these are ranked again in float64 and, where that cannot tell them apart, in exact integers
     (docs/vector_quantization.md). The matrix [N, K] of distances is never made.
+
+    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton`` for one codeword by "l2" or "dot"; ``reference``
+    (float64 in torch, with a look at the host) for the rest. There is no CUDA C++ kernel: a product of
+    matrices in float16 with a short epilogue is what Triton is made for.
 
     A vector with a NaN or an infinity has no nearest codeword: its index is 0 (0, 1, ... for ``k``), and its
     distance is NaN. A codeword with one is never chosen; where nothing else is left its distance is NaN.

@@ -1,0 +1,65 @@
+"""A codebook made ready for products in float16, without a look at the host."""
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ._vq_exact import L2
+
+FAR = tl.constexpr(2.0**60)  # first term of a codeword that must not be found
+
+
+class Words(NamedTuple):
+    """The codebook [heads, K, D] made ready; everything is on its device."""
+
+    half: Tensor  # [heads, K_PADDED, PADDED] float16: (c - mean) step
+    first: Tensor  # [heads, K_PADDED] float32: half the squared norm, FAR where it must not be found
+    mean: Tensor  # [heads, D] float32
+    facts: (
+        Tensor  # [heads, 6] float32: step, longest, largest error, longest in float16, largest first, usable
+    )
+    usable: Tensor  # [heads, K] bool: finite
+    usable_first: Tensor  # [heads] int64
+
+
+def _repeated(bits: Tensor) -> Tensor:
+    """Which rows of [heads, K, D] integers equal an earlier one; some may be missed."""
+    weights = torch.arange(1, bits.shape[2] + 1, device=bits.device) * 0x1E3779B97F4A7C15 | 1
+    key, order = (bits * weights).sum(2).sort(dim=1, stable=True)
+    rows = bits.gather(1, order[:, :, None].expand_as(bits))
+    same = (key[:, 1:] == key[:, :-1]) & (rows[:, 1:] == rows[:, :-1]).all(2)
+    return torch.zeros_like(key, dtype=torch.bool).scatter(1, order[:, 1:], same)
+
+
+def prepare(codebook: Tensor, metric: int, padded: int, block_k: int) -> Words:
+    heads, n_words, dim = codebook.shape
+    usable = codebook.isfinite().all(2)
+    zero = torch.where(usable[:, :, None], codebook, 0.0)
+    plain = zero.float() + 0.0  # 0 and -0 are one number
+    sought = usable & ~_repeated(torch.where(usable[:, :, None], plain, torch.inf).view(torch.int32).long())
+    words, number = zero.double(), usable.sum(1).clamp(min=1)
+    mean = (words.sum(1) / number[:, None]).float()
+    words = torch.where(sought[:, :, None], words - mean[:, None].double(), 0.0)
+    exponent = words.abs().amax((1, 2)).frexp().exponent.clamp(-126, 126)
+    step = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), -exponent)
+    words = words * step[:, None, None]
+    half = words.new_zeros(heads, -(-n_words // block_k) * block_k, padded, dtype=torch.float16)
+    half[:, :n_words, :dim] = words
+    rounded = half[:, :n_words, :dim].double()
+    first = torch.full(half.shape[:2], FAR.value, device=half.device)
+    squares = (
+        words.square().sum(2) / 2 if metric == L2.value else torch.zeros_like(usable, dtype=torch.float64)
+    )
+    first[:, :n_words] = torch.where(sought, squares, FAR.value).float()
+    facts = torch.stack(
+        [
+            step,
+            *(1.001 * y.norm(dim=2).amax(1) for y in (words, words - rounded, rounded)),
+            1.001 * squares.amax(1),
+            usable.any(1).double(),
+        ],
+        1,
+    )
+    return Words(half, first, mean, facts.float(), usable, usable.int().argmax(1))

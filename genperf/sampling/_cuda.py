@@ -53,6 +53,8 @@ class CUDAExecutor(KernelExecutor):
         ValueError: for a device without CUDA, or another dtype than float32.
     """
 
+    makes_noise = True
+
     def __init__(
         self,
         program: Program,

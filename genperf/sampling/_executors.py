@@ -17,6 +17,7 @@ class Executor(Protocol):
     """See :class:`genperf.sampling._reference.ReferenceExecutor`."""
 
     program: Program
+    makes_noise: bool  # whether run takes a key instead of noise
 
     def start(self, batch: int) -> Any: ...
     def run(

@@ -58,6 +58,8 @@ class CPUExecutor(KernelExecutor):
         like: an executor of a program with the same weights, to share them.
     """
 
+    makes_noise = False
+
     def __init__(
         self,
         program: Program,

@@ -69,6 +69,8 @@ class ReferenceExecutor:
     ``draw`` replaces :func:`genperf.sampling.heads.draw`.
     """
 
+    makes_noise = False
+
     def __init__(
         self,
         program: Program,

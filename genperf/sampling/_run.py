@@ -12,6 +12,29 @@ from torch import Tensor
 from genperf.sampling import heads
 from genperf.sampling._executors import Executor
 from genperf.sampling._memory import Need
+from genperf.sampling._program import Program
+
+
+@dataclass
+class Noise:
+    """The random numbers of some images of a batch: the caller's own, or those of a key."""
+
+    images: range
+    given: Tensor | None
+    key: Tensor | None
+
+    def made(self, program: Program, device: torch.device) -> Tensor:
+        if self.given is not None:
+            return self.given[self.images.start : self.images.stop].to(device)
+        assert self.key is not None
+        return heads.make_noise(program.head, self.key, self.images, device)
+
+    def arguments(self, executor: Executor, device: torch.device) -> dict[str, Any]:
+        """For ``executor.run``: the kernel makes the numbers itself where it can."""
+        if self.given is None and executor.makes_noise:
+            images = torch.tensor(self.images, device=device)
+            return {"noise": None, "key": self.key, "images": images}
+        return {"noise": self.made(executor.program, device)}
 
 
 @dataclass
@@ -19,7 +42,7 @@ class Run:
     """One batch of images."""
 
     executor: Executor
-    noise: Tensor
+    noise: Noise
     temperature: float
     top_k: int
     known: tuple[Tensor, Tensor] | None
@@ -27,9 +50,13 @@ class Run:
     def __call__(self, head: heads.Description, bar: Any) -> Tensor:
         """The values [B, rows, cols, V]; ``bar``, if any, is told of each row."""
         program = self.executor.program
-        state = self.executor.start(len(self.noise))
+        state = self.executor.start(len(self.noise.images))
         device = state.values.device
-        noise = self.noise.to(device)
+        calls_back = isinstance(head, heads.Callback)
+        noise = self.noise.made(program, device) if calls_back else torch.empty(0)
+        drawing: dict[str, Any] = {"temperature": self.temperature, "top_k": self.top_k}
+        if not calls_back:
+            drawing.update(self.noise.arguments(self.executor, device))
         known = None if self.known is None else (self.known[0].to(device), self.known[1].to(device))
         row = program.slots // program.head.rows
         step = program.slots if bar is None else row
@@ -38,7 +65,7 @@ class Run:
                 for slot in range(begin, begin + step):
                     self._call_back(head, state, slot, noise, known)
             else:
-                self.executor.run(state, begin, begin + step, noise, self.temperature, self.top_k, known)
+                self.executor.run(state, begin, begin + step, known=known, **drawing)
             if bar is not None:
                 bar.update()
         return state.values

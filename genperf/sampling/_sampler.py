@@ -23,7 +23,7 @@ from genperf.sampling._plan import Plan
 from genperf.sampling._planned import NO_MODEL, Planned
 from genperf.sampling._program import HeadKind, Program
 from genperf.sampling._recorded import Recorded
-from genperf.sampling._run import Run, parts_of, progress_bar
+from genperf.sampling._run import Noise, Run, parts_of, progress_bar
 
 FORMAT, VERSION = "genperf.sampling", 1
 
@@ -134,12 +134,6 @@ class Sampler:
         images = _share.share(batch, rank, world)
         key = _share.common_key(seed, generator, world) if noise is None else None
 
-        def noise_of(part: range) -> Tensor:
-            if noise is not None:
-                return noise[part.start : part.stop]
-            assert key is not None
-            return heads.make_noise(head, key, part, self._device)
-
         if known is not None and known[1].all():
             return self._interface.sample(known[0][images.start : images.stop].to(self._device))
         self._planned.notice_changes()
@@ -152,7 +146,8 @@ class Sampler:
                 for part in parts:
                     cut = slice(part.start, part.stop)
                     here = None if known is None else (known[0][cut], known[1][cut])
-                    run = Run(self._prepared(own, part), noise_of(part), temperature, top_k, here)
+                    numbers = Noise(part, noise, key)
+                    run = Run(self._prepared(own, part), numbers, temperature, top_k, here)
                     found.append(run(self.head, bar))
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):

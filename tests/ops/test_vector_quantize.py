@@ -1,0 +1,184 @@
+"""genperf.ops.vector_quantize against autograd through the formulas of the public libraries."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from genperf_testing.cases import SHAPES, Case, normals
+
+from genperf.ops import vector_quantize, vq_nearest
+
+
+def _grid(shape, *seed):
+    return (normals(shape, *seed) * 8).round() / 8
+
+
+def _case(name, **options):
+    def function(x, codebook):
+        return vector_quantize(x, codebook, **options)[:3]
+
+    return Case(
+        name, function, lambda shape: [normals(shape)],
+        lambda shape: [_grid((37, shape[-1]), "codebook")], smooth=False, elementwise=False,
+        shapes=(*(s for s in SHAPES if len(s) > 1), (0, 4), (0, 2, 3)), backends=("reference", "cpu"),
+    )  # fmt: skip
+
+
+CASES = (
+    _case("straight-through", codebook_weight=0.25),
+    _case("rotation", estimator="rotation", commitment_weight=0.25),
+)
+
+
+# What the libraries compute, written out.
+
+
+def straight_through(x, q):
+    return x + (q - x).detach()
+
+
+def rotation(x, q):
+    """The rotation as a matrix for each vector."""
+    u, v = F.normalize(x, dim=-1), F.normalize(q, dim=-1)
+    r = F.normalize(u + v, dim=-1)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype)
+    turn = eye - 2 * r[..., :, None] * r[..., None, :] + 2 * v[..., :, None] * u[..., None, :]
+    scale = q.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True)
+    return (turn.detach() @ x[..., None])[..., 0] * scale.detach()
+
+
+def expected(x, codebook, indices, estimator, commitment_weight, codebook_weight):
+    q = codebook[indices]
+    y = (straight_through if estimator == "straight_through" else rotation)(x, q.detach())
+    loss = commitment_weight * F.mse_loss(q.detach(), x) + codebook_weight * F.mse_loss(q, x.detach())
+    return y, loss
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.25, 1.0), (1.0, 0.25), (0.0, 0.0)], ids=str)
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+def test_definition(estimator, weights):
+    """Values and gradients, by autograd through the formulas in float64."""
+    tensors = [normals((6, 5, 4), "x").double(), normals((9, 4), "c").double()]
+    mine, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    names = dict(zip(("commitment_weight", "codebook_weight"), weights, strict=True))
+    out = vector_quantize(*mine, estimator=estimator, **names)
+    assert torch.equal(out.indices, torch.cdist(*tensors).argmin(-1))
+    y, loss = expected(*theirs, out.indices, estimator, *weights)
+    assert torch.equal(out.quantized, tensors[1][out.indices])
+    torch.testing.assert_close(out.quantized, y)
+    torch.testing.assert_close(out.loss, loss)
+    weight = normals((6, 5, 4), "weight").double()
+    for a, b in ((out.quantized, y), (out.loss, loss)):
+        grads = [
+            torch.autograd.grad((r * (weight if r.dim() else 3)).sum(), leaves, retain_graph=True,
+                                allow_unused=True, materialize_grads=True)
+            for r, leaves in ((a, mine), (b, theirs))
+        ]  # fmt: skip
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_images(dim):
+    x = normals((2, 6, 4, 6), "x").requires_grad_()
+    codebook = normals((9, 6), "c").requires_grad_()
+    out = vector_quantize(x, codebook, dim=dim, codebook_weight=1.0)
+    rows = vector_quantize(x.movedim(dim, -1).contiguous(), codebook, codebook_weight=1.0)
+    assert out.quantized.shape == x.shape
+    assert out.quantized.is_contiguous()
+    assert torch.equal(out.quantized, rows.quantized.movedim(-1, dim))
+    torch.testing.assert_close(out.loss, rows.loss)
+    channels_last = x.detach().to(memory_format=torch.channels_last)
+    kept = vector_quantize(channels_last, codebook, dim=1).quantized
+    assert kept.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+def test_heads(estimator):
+    x, codebook = normals((3, 7, 4), "x").requires_grad_(), normals((3, 9, 4), "c").requires_grad_()
+    out = vector_quantize(x, codebook, estimator=estimator, codebook_weight=0.5, return_usage=True)
+    grads = torch.autograd.grad(out.loss + out.quantized.square().sum(), (x, codebook))
+    each = [
+        vector_quantize(x[h], codebook[h], estimator=estimator, codebook_weight=0.5, return_usage=True)
+        for h in range(3)
+    ]
+    for name in ("quantized", "indices", "counts", "perplexity"):
+        assert torch.equal(getattr(out, name), torch.stack([getattr(e, name) for e in each])), name
+    loss = sum(e.loss for e in each) / 3
+    torch.testing.assert_close(out.loss, loss)
+    total = loss + sum(e.quantized.square().sum() for e in each)
+    torch.testing.assert_close(grads, torch.autograd.grad(total, (x, codebook)))
+
+
+def test_usage():
+    codebook = torch.eye(4)
+    out = vector_quantize(codebook[[0, 0, 1, 1, 2, 2]], codebook, return_usage=True)
+    assert out.counts.tolist() == [2, 2, 2, 0]
+    torch.testing.assert_close(out.perplexity, torch.tensor(3.0))
+    empty = vector_quantize(codebook[:0], codebook, return_usage=True)
+    assert empty.counts.tolist() == [0, 0, 0, 0]
+    assert empty.perplexity == 1
+    assert empty.loss == 0
+    assert vector_quantize(codebook, codebook).counts is None
+
+
+def test_indices_are_exact_and_codewords_not_rounded():
+    x, codebook = normals((200, 8), "x").bfloat16() + 30, normals((64, 8), "c").bfloat16() + 30
+    out = vector_quantize(x, codebook)
+    assert torch.equal(out.indices, vq_nearest(x.double(), codebook.double()).indices)
+    assert torch.equal(out.quantized, codebook[out.indices])
+    assert out.loss.dtype == torch.float32
+    x, codebook = normals((200, 8), "x"), normals((64, 8), "c") / 8
+    out = vector_quantize(x, codebook)
+    assert torch.equal(out.quantized, codebook[out.indices])
+    assert not torch.equal(straight_through(x, codebook[out.indices]), out.quantized)
+
+
+def test_not_finite():
+    x = normals((4, 3), "x")
+    x[1, 1], x[2, 0] = math.nan, math.inf
+    out = vector_quantize(x, normals((5, 3), "c"))
+    assert torch.equal(out.quantized.isnan(), ~x.isfinite())
+    assert out.loss.isnan()
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+def test_zero_vectors(estimator):
+    x = torch.zeros(2, 3, requires_grad=True)
+    out = vector_quantize(x, torch.cat([torch.zeros(1, 3), torch.ones(1, 3)]), estimator=estimator)
+    (grad,) = torch.autograd.grad(out.quantized.sum() + out.loss, x)
+    assert grad.isfinite().all()
+
+
+def test_compile_of_a_training_step():
+    x, codebook = normals((10, 4), "x").requires_grad_(), normals((9, 4), "c").requires_grad_()
+
+    def step(x, codebook):
+        out = vector_quantize(x, codebook, estimator="rotation", codebook_weight=1.0, return_usage=True)
+        return out.quantized.square().sum() + out.loss, out.perplexity
+
+    results = [f(x, codebook) for f in (step, torch.compile(step, fullgraph=True, backend="aot_eager"))]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(r[0], (x, codebook)) for r in results))
+
+
+X, C = torch.zeros(2, 3), torch.zeros(5, 3)
+
+BAD = {
+    "estimator": (
+        r"estimator is 'gumbel', expected one of straight_through, rotation",
+        {"estimator": "gumbel"},
+    ),
+    "commitment": (r"commitment_weight is -1, expected a finite number >= 0", {"commitment_weight": -1}),
+    "codebook": (r"codebook_weight is nan, expected a finite number", {"codebook_weight": math.nan}),
+    "no number": (r"codebook_weight is None, expected a finite number", {"codebook_weight": None}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    message, options = BAD[name]
+    with pytest.raises(ValueError, match=f"vector_quantize: {message}"):
+        vector_quantize(X, C, **options)

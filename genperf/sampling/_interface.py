@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from genperf.sampling._feedback import Feedback, Scaled
 from genperf.sampling._model import Adapted, first_tensor
 from genperf.sampling._program import HeadKind
-from genperf.sampling.heads import Categorical, Description
+from genperf.sampling.heads import Callback, Categorical, Description
 
 _DISCRETE = (HeadKind.CATEGORICAL, HeadKind.BERNOULLI)
 
@@ -116,6 +116,9 @@ class Interface:
             return torch.rand(shape, generator=rng) * (0.6 if narrow else 2.0) - 1.0
         if self.feedback == "index":  # of a callback, which tells no range: 0 and 1 are classes of any model
             return torch.randint(1 if narrow else 2, shape, generator=rng).float()
+        if isinstance(self.head, Callback) and self.head.span is not None:
+            low, high = self.head.span
+            return low + torch.rand(shape, generator=rng) * (high - low) * (0.4 if narrow else 1.0)
         return torch.randn(shape, generator=rng) * (0.3 if narrow else 1.0) - (2.0 if narrow else 0.0)
 
     def wrong_values(self, values: Tensor) -> tuple[Tensor, str]:

@@ -12,6 +12,7 @@ from genperf.sampling._errors import CaptureError, CausalityError
 from genperf.sampling._interface import Interface
 from genperf.sampling._model import first_tensor
 from genperf.sampling._program import HeadKind
+from genperf.sampling.heads import Callback
 
 POSITIONS = 3  # at which the future is perturbed
 _DEAD = 1e-4  # of the largest parameter: what rounding leaves of a change that must have no effect
@@ -30,6 +31,10 @@ def perturbed(interface: Interface, values: Tensor, slot: int) -> Tensor:
         future.copy_(torch.where(future > 0, future - 0.7, future + 0.7))
     elif interface.feedback == "index":
         future.copy_(1 - future)
+    elif isinstance(interface.head, Callback) and interface.head.span is not None:
+        low, high = interface.head.span
+        middle = (low + high) / 2
+        future.add_(torch.where(future > middle, low - middle, middle - low))
     else:
         future.copy_(future + 1.3)
     return out.view_as(values)

@@ -24,6 +24,7 @@ from genperf.sampling._planned import NO_MODEL, Planned
 from genperf.sampling._program import HeadKind, Program
 from genperf.sampling._recorded import Recorded
 from genperf.sampling._run import Noise, Run, parts_of, progress_bar
+from genperf.sampling._steps import Steps
 
 FORMAT, VERSION = "genperf.sampling", 1
 
@@ -154,6 +155,28 @@ class Sampler:
                 raise need.error() from error
             raise
         return self._interface.sample(torch.cat(found))
+
+    def steps(self, batch: int = 1, cond: Mapping[str, Tensor] | None = None) -> Steps:
+        """A batch under way, for a caller that draws each value itself; of a :class:`Callback` head.
+
+        Args:
+            batch, cond: see :meth:`sample`.
+
+        Raises:
+            TypeError, ValueError: for an argument that does not fit, and for another head.
+            CaptureError, CausalityError: if the model changed in such a way that it cannot be sampled.
+            MemoryError: if not all images fit into memory at once.
+        """
+        if self.head.kind != HeadKind.CALLBACK:
+            raise TypeError(f"steps: head is {self.head}, expected a Callback")
+        batch = arguments.check_batch(batch)
+        own = arguments.fitting_cond("steps", self._cond, cond, batch)
+        self._planned.notice_changes()
+        self._place()
+        need = Need(self.program, batch, self._device)
+        if need.chunk() < batch:
+            raise need.error()
+        return Steps(self._prepared(own, range(batch)), batch)
 
     def log_prob(self, x: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
         """Log-likelihood of images, from one pass of the model itself (teacher forcing), differentiable.

@@ -221,11 +221,15 @@ class Callback(Description):
     """Values that ``function(params [B, P], noise [B, draw_noises], draw) -> values [B]`` gives, where
     ``params`` is the model's output at the pixel, ``noise`` holds uniforms in (0, 1] and ``draw`` numbers
     the image channel.
+
+    ``span`` tells between which two numbers the values lie, for a model that cannot be run on others;
+    :func:`genperf.sampling.compile` runs it on random values.
     """
 
     function: Callable[[Tensor, Tensor, int], Tensor]
     channels: int = 1
     draw_noises: int = 1
+    span: tuple[float, float] | None = None
 
     kind = HeadKind.CALLBACK
 
@@ -234,6 +238,8 @@ class Callback(Description):
             raise TypeError(f"Callback: function is {type(self.function).__name__}, expected a callable")
         _check("Callback", "channels", self.channels, 1)
         _check("Callback", "draw_noises", self.draw_noises, 0)
+        if self.span is not None and not (len(self.span) == 2 and self.span[0] < self.span[1]):
+            raise ValueError(f"Callback: span is {self.span!r}, expected two numbers, the lower one first")
 
     @property
     def parameters(self) -> None:

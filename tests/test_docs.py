@@ -31,12 +31,14 @@ def examples() -> list[pytest.ParameterSet]:
 
 
 @pytest.mark.parametrize("code", examples())
-def test_example_runs(code: str) -> None:
+def test_example_runs(code: str, tmp_path: Path) -> None:
     if "diffusers" in code:
         pytest.importorskip("diffusers")
     if "pythae" in code:
         pytest.importorskip("pythae")
-    exec(compile(code, "<example>", "exec"), {"__name__": "example"})
+    file = tmp_path / "example.py"  # accelerate reads the source of methods
+    file.write_text(code)
+    exec(compile(code, str(file), "exec"), {"__name__": "example"})
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from genperf import _op
 from genperf.accelerate._pattern import Match, Options, Refusal, finders
 from genperf.accelerate._report import Entry, Report
-from genperf.accelerate._swap import is_derived, original_class, swapped_class
+from genperf.accelerate._swap import is_derived, modules_of, original_class, swapped_class
 from genperf.ops.gaussian_sample import gaussian_sample
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -19,7 +20,7 @@ Selection = str | Predicate | Iterable[str | Predicate] | None
 
 
 def accelerate(
-    model: nn.Module,
+    model: Any,
     mode: str = "inference",
     only: Selection = None,
     exclude: Selection = None,
@@ -36,7 +37,7 @@ def accelerate(
     and the report says why. Accelerating again changes the options of what is accelerated.
 
     Args:
-        model: any module.
+        model: any module; or an object with modules as attributes, such as a sampler of pythae.
         mode: "inference", or "training" to choose and to time for forward and backward. Gradients are
             right in both.
         only: module names to consider: patterns such as "encoder.*" (as in :mod:`fnmatch`; the model
@@ -51,19 +52,19 @@ def accelerate(
         Report: prints as a table; ``verify(*inputs)`` compares with the original, ``restore()`` undoes.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``only`` or ``exclude`` is of another type.
+        TypeError: ``model`` is not a module and has none, or ``only`` or ``exclude`` is of another type.
         ValueError: an unknown ``mode`` or ``rng``, or a pattern in ``only`` or ``exclude`` that fits no
             module.
         RuntimeError: ``strict`` and something recognised cannot be covered. Nothing is changed then.
     """
-    if not isinstance(model, nn.Module):
+    modules = modules_of(model) if hasattr(model, "__dict__") and not isinstance(model, type) else {}
+    if not isinstance(model, nn.Module) and len(modules) < 2:
         raise TypeError(f"model: {type(model).__name__}; expected a torch.nn.Module")
     if mode not in ("inference", "training"):
         raise ValueError(f'mode: {mode!r}; expected "inference" or "training"')
     if rng not in ("torch", "philox"):
         raise ValueError(f'rng: {rng!r}; expected "torch" or "philox"')
     options = Options(mode, rng)
-    modules = dict(model.named_modules())
     chosen = _selected(modules, only, "only", default=True)
     dropped = _selected(modules, exclude, "exclude", default=False)
     entries: list[Entry] = []
@@ -94,7 +95,7 @@ def _plan(name: str, module: nn.Module, options: Options) -> tuple[type | None, 
     entries: list[Entry] = []
     matches: list[Match] = []
     methods: dict = {}
-    for find in finders():
+    for find in finders(module):
         for found in find(module, original, options):
             taken = sorted(set(found.methods) & set(methods)) if isinstance(found, Match) else []
             if taken:

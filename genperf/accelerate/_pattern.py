@@ -6,7 +6,8 @@ A pattern is a module of ``genperf/accelerate/patterns`` with one function::
 
 ``cls`` is the class of ``module`` before anything was swapped. A pattern recognises by structure, and
 accepts only after a numerical probe has shown that the replacement gives what the original gives. It
-yields a :class:`Refusal` for what it recognises and cannot cover, and nothing for the rest.
+yields a :class:`Refusal` for what it recognises and cannot cover, and nothing for the rest. A pattern with
+``OBJECTS = True`` is also asked about an object that is no module but has modules.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ class Refusal:
 Finder = Callable[[nn.Module, type, Options], Iterable["Match | Refusal"]]
 
 
-def finders() -> Iterator[Finder]:
-    """The ``find`` function of each module in ``genperf/accelerate/patterns``, by name."""
+def finders(module: object) -> Iterator[Finder]:
+    """The ``find`` function of each module in ``genperf/accelerate/patterns`` that can take ``module``."""
     for info in sorted(pkgutil.iter_modules(patterns.__path__), key=lambda info: info.name):
         if not info.name.startswith("_"):
-            yield importlib.import_module(f"{patterns.__name__}.{info.name}").find
+            pattern = importlib.import_module(f"{patterns.__name__}.{info.name}")
+            if isinstance(module, nn.Module) or getattr(pattern, "OBJECTS", False):
+                yield pattern.find

@@ -10,7 +10,7 @@ from tabulate import tabulate
 from torch import nn
 
 from genperf.accelerate._pattern import Options
-from genperf.accelerate._swap import restore_class
+from genperf.accelerate._swap import modules_of, restore_class
 from genperf.accelerate._verify import Verification, verify
 
 
@@ -64,7 +64,7 @@ class Report:
         Raises:
             RuntimeError: something else changed a module's class after accelerate.
         """
-        for module in self.model.modules():
+        for module in modules_of(self.model).values():
             restore_class(module)
 
     def verify(
@@ -95,9 +95,12 @@ class Report:
             Verification: true when everything passed; prints as a table.
 
         Raises:
+            TypeError: what was accelerated is no module.
             RuntimeError: a comparison failed and the model was accelerated with ``strict=True``.
         """
         model = self.model
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"verify: model is {type(model).__name__}, expected a torch.nn.Module")
         while type(model).__name__ in _WRAPPERS:
             model = getattr(model, _WRAPPERS[type(model).__name__])
         result = verify(

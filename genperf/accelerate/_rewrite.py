@@ -92,6 +92,21 @@ def recompile(
     return _like(function, code, tuple(cells[name] for name in code.co_freevars))
 
 
+def recompile_inside(
+    function: FunctionType, bindings: dict[str, Any], transform: Callable[[ast.FunctionDef], ast.AST]
+) -> FunctionType:
+    """:func:`recompile` for the function inside all decorators, which are copied with it.
+
+    Raises:
+        CannotRewrite: see the module's docstring; or a decorator is not made of closures.
+    """
+    inner = inspect.unwrap(function)
+    made = _map_chain(function, lambda f: recompile(f, bindings, transform) if f is inner else f)
+    if made is function:
+        raise CannotRewrite(f"a decorator of {function.__qualname__} is not known")
+    return made
+
+
 def syntax_tree(function: FunctionType) -> ast.FunctionDef:
     """The definition of ``function`` in its source; not to be modified.
 

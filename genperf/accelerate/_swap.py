@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import weakref
 from collections.abc import Hashable
 from types import FunctionType
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 
 _MARK = "_genperf_original"
 _swapped: dict[tuple[type, Hashable], type] = {}
+_kept: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 def original_class(cls: type) -> type:
@@ -56,7 +58,26 @@ def swapped_class(original: Any, key: Hashable, methods: dict[str, FunctionType]
     return cls
 
 
-def restore_class(module: nn.Module) -> None:
+def kept_for(module: Any) -> dict[Any, Any]:
+    """What the replaced methods of ``module`` keep from call to call, which is no state of the module.
+
+    It must not refer to the module, or that would never be freed.
+    """
+    return _kept.setdefault(module, {})
+
+
+def modules_of(model: Any) -> dict[str, Any]:
+    """The modules of a model by name; of another object, "" for itself and the modules in its attributes."""
+    if isinstance(model, nn.Module):
+        return dict(model.named_modules())
+    found: dict[str, Any] = {"": model}
+    for attribute, value in vars(model).items():
+        if isinstance(value, nn.Module):
+            found.update({f"{attribute}.{n}" if n else attribute: m for n, m in value.named_modules()})
+    return found
+
+
+def restore_class(module: Any) -> None:
     """Give ``module`` its original class back; does nothing to a module that has it.
 
     Raises:
@@ -68,7 +89,9 @@ def restore_class(module: nn.Module) -> None:
             f"restore: the class of {cls.__qualname__} was changed again after accelerate; "
             f"undo that change (for instance remove the parametrization), then restore"
         )
-    module.__class__ = original_class(cls)
+    if original_class(cls) is not cls:
+        module.__class__ = original_class(cls)
+        _kept.pop(module, None)
 
 
 def _reduced_as(original: Any, reduced: Any, cls: type) -> Any:

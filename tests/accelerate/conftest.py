@@ -4,15 +4,26 @@ import sys
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location(
-    "accelerate_models", pathlib.Path(__file__).with_name("models.py")
-)
-_module = importlib.util.module_from_spec(_spec)
-sys.modules["accelerate_models"] = _module
-_spec.loader.exec_module(_module)
+
+def _load(name, file):
+    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).with_name(file))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_models = _load("accelerate_models", "models.py")
+_loops = _load("accelerate_pixel_loops", "pixel_loops.py")
 
 
 @pytest.fixture(scope="session")
 def models():
     """tests/accelerate/models.py, importable by name so that its classes can be pickled."""
-    return _module
+    return _models
+
+
+@pytest.fixture(scope="session")
+def loops():
+    """tests/accelerate/pixel_loops.py, importable by name."""
+    return _loops

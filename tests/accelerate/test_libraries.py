@@ -302,3 +302,76 @@ def test_pythae_saves_and_loads(tmp_path):
     loaded = type(model).load_from_folder(str(tmp_path))
     for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def build_pythae_sampler():
+    samplers = pytest.importorskip("pythae.samplers")
+    models = pytest.importorskip("pythae.models")
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+
+    class Encoder(BaseEncoder):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(1, 4, 3, 2, 1)
+
+        def forward(self, x):
+            return ModelOutput(embedding=self.conv(x))
+
+    class Decoder(BaseDecoder):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.ConvTranspose2d(4, 1, 4, 2, 1)
+
+        def forward(self, z):
+            return ModelOutput(reconstruction=self.conv(z))
+
+    torch.manual_seed(0)
+    config = models.VQVAEConfig(input_dim=(1, 10, 12), latent_dim=4, num_embeddings=11)
+    vqvae = models.VQVAE(config, encoder=Encoder(), decoder=Decoder())
+    sampler = samplers.PixelCNNSampler(vqvae, samplers.PixelCNNSamplerConfig(n_layers=3, kernel_size=5))
+    with torch.no_grad():
+        for p in sampler.pixelcnn_model.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.5))
+    return sampler
+
+
+def test_pythae_pixelcnn_sampler(tmp_path):
+    sampler = build_pythae_sampler()
+    cls = type(sampler)
+
+    def draw(*args, **kwargs):
+        torch.manual_seed(5)
+        return sampler.sample(*args, **kwargs), torch.get_rng_state()
+
+    entry = genperf.accelerate(sampler).entries[0]
+    assert "The sampler needs to be fitted" in entry.reason
+    assert type(sampler) is cls
+    sampler.is_fitted = True
+    sampler.pixelcnn_model.eval()  # which fit() does not do
+    expected = draw(5, 2)
+    report = genperf.accelerate(sampler)
+    assert report.entries[0].was == "PixelCNNSampler.sample: self.pixelcnn_model for each pixel"
+    assert report.entries[0].kernel == "pixel_sampler"
+    assert {e.kernel for e in report.accelerated} == {"pixel_sampler", "gaussian_sample", "masked_conv2d"}
+    assert isinstance(sampler, cls)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            found = draw(5, 2)
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+    assert draw(3, 2, output_dir=str(tmp_path / "images"), return_gen=False)[0] is None
+    assert len(list((tmp_path / "images").iterdir())) == 3
+    twin = copy.deepcopy(sampler)
+    assert type(twin) is type(sampler)
+    sampler.pixelcnn_model.train()
+    with pytest.warns(RuntimeWarning, match=r"runs as it was: net\.0\.1: BatchNorm2d in training mode"):
+        draw(1)
+    with pytest.raises(TypeError, match="verify: model is PixelCNNSampler, expected"):
+        report.verify()
+    report.restore()
+    assert type(sampler) is cls
+    assert all(type(m).__module__ != "genperf" for m in sampler.pixelcnn_model.modules())
+    torch.manual_seed(5)
+    assert torch.equal(twin.sample(5, 2), expected[0])

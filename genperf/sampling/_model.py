@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from genperf import _backend
 from genperf.sampling._errors import CaptureError
 
-_SMALL = 1 << 15  # bytes
 _COLUMNS = 509  # a prime, so that an exchange of channels, or of taps, moves values to other columns
 
 
@@ -127,26 +126,31 @@ def preserved(model: nn.Module) -> Iterator[None]:
 def fingerprint(model: nn.Module) -> Any:
     """Compares equal as long as no parameter or buffer was replaced, written to or moved.
 
-    Writes through ``.data`` are seen too, by sums over the bits.
+    Writes through ``.data`` are seen too, by a checksum of the bits.
     """
     facts: list[Any] = []
-    sums: list[Tensor] = []
+    spans: list[tuple[int, int]] = []
+    native = _backend.native
     for tensor in tensors(model):
         version = 0 if tensor.is_inference() else tensor._version
         facts.append((tensor.data_ptr(), version, tensor.dtype, tuple(tensor.shape)))
         if tensor.layout is not torch.strided:
             continue
-        if tensor.is_cpu and tensor.nbytes <= _SMALL and tensor.is_contiguous() and not tensor.is_complex():
-            facts.append(zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data))
-            continue
-        flat = tensor.detach().contiguous().reshape(-1)
-        octets = (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(torch.uint8)
-        octets = octets.clone() if octets.storage_offset() % 8 else octets
-        words = octets[: len(octets) // 8 * 8].view(torch.int64)
-        whole = len(words) // _COLUMNS * _COLUMNS
-        sums += [words[:whole].view(-1, _COLUMNS).sum(0), words[whole:], octets[len(words) * 8 :].long()]
-    bits = b"".join(s.cpu().numpy().tobytes() for s in sums)
-    return facts, bits
+        if native is not None and tensor.is_cpu and tensor.is_contiguous():
+            spans.append((tensor.data_ptr(), tensor.nbytes))
+        else:
+            facts.append(_sums(tensor))
+    return facts, None if native is None else native.cpu.checksum(spans)
+
+
+def _sums(tensor: Tensor) -> bytes:
+    flat = tensor.detach().contiguous().reshape(-1)
+    octets = (torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat).view(torch.uint8)
+    octets = octets.clone() if octets.storage_offset() % 8 else octets
+    words = octets[: len(octets) // 8 * 8].view(torch.int64)
+    whole = len(words) // _COLUMNS * _COLUMNS
+    sums = [words[:whole].view(-1, _COLUMNS).sum(0), words[whole:], octets[len(words) * 8 :].long()]
+    return torch.cat(sums).cpu().numpy().tobytes()
 
 
 def first_tensor(output: Any) -> Tensor:

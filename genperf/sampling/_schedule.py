@@ -192,14 +192,16 @@ class _Scheduler:
         if isinstance(node, ConvNode):
             split = self._split(node, runs, slots[0])
             if split is not None:
-                ahead, rest = split
-                self._task(node, rest, runs, slots, ready)
-                self._prepare(ahead)
-                self._add_reads(rest, slots)
-                early = self.times.known[id(ahead)].cells + 1
-                ahead_runs, ahead_slots = self._times_of(early, self._need[id(ahead)])
-                self._task(ahead, ahead, ahead_runs, ahead_slots, early, ahead=True)
-                self._add_reads(ahead, ahead_slots)
+                last, *before = split
+                self._task(node, last, runs, slots, ready)
+                for part in before:
+                    self._prepare(part)
+                self._add_reads(last, slots)
+                for part in before:
+                    early = self.times.known[id(part)].cells + 1
+                    runs, slots = self._times_of(early, self._need[id(part)])
+                    self._task(part, part, runs, slots, early, ahead=isinstance(part, ConvNode))
+                    self._add_reads(part, slots)
                 return
         self._task(node, node, runs, slots, ready)
         self._add_reads(node, slots)
@@ -233,8 +235,11 @@ class _Scheduler:
             singles.append(np.stack([cells[y, x], y, x, np.ones_like(x)], 1))
         return np.concatenate(singles), slots
 
-    def _split(self, node: ConvNode, runs: Runs, slots: Cells) -> tuple[ConvNode, Node] | None:
-        """The taps that are known long before, and the rest with their sum to start from."""
+    def _split(self, node: ConvNode, runs: Runs, slots: Cells) -> list[Node] | None:
+        """Nodes, the last one first: of the taps that are known long before, and of the rest.
+
+        Between them an init that is not known so early is added.
+        """
         enough = max(min(LONG, node.cols), 2 * _mean_run(runs))
 
         def early(known: Cells) -> bool:
@@ -254,16 +259,18 @@ class _Scheduler:
             weight=node.weight[chosen],
             init=node.init if takes_init else None,
         )
-        self.times.known[id(ahead)] = node_times(self.times, ahead)
-        so_far = Ref(ahead, 0, node.channels)
-        if not others:
-            assert node.init is not None
-            shape = (node.name, node.rows, node.cols, node.channels)
-            return ahead, PointwiseNode(*shape, Op.ADD, so_far, node.init)
+        parts: list[Node] = [ahead]
+        shape = (node.name, node.rows, node.cols, node.channels)
         if not takes_init:
-            return None
-        taps = [node.taps[i] for i in others]
-        return ahead, replace(node, taps=taps, weight=node.weight[others], init=so_far)
+            assert node.init is not None
+            parts.insert(0, PointwiseNode(*shape, Op.ADD, Ref(ahead, 0, node.channels), node.init))
+        if others:
+            taps = [node.taps[i] for i in others]
+            so_far = Ref(parts[0], 0, node.channels)
+            parts.insert(0, replace(node, taps=taps, weight=node.weight[others], init=so_far))
+        for part in reversed(parts):
+            self.times.known[id(part)] = node_times(self.times, part)
+        return parts
 
     def _add_reads(self, node: Node, slots: list[Cells]) -> None:
         """Note what a task reads, and when."""

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 
 from genperf.sampling._ir import (
+    WHOLE,
     AttentionNode,
     ConcatNode,
     Constant,
@@ -20,6 +21,7 @@ from genperf.sampling._ir import (
     PointwiseNode,
     Ref,
     Source,
+    Window,
 )
 from genperf.sampling._program import Op
 from genperf.sampling._verify import Times, positions, tap_window, when_known, windowed
@@ -128,15 +130,43 @@ class _Folder(_Mover):
         return node
 
     def _only(self, source: Source, reader: Node) -> Node | None:
-        """The node that ``source`` reads whole and as it is, if nobody else reads it."""
+        """The node that ``source`` reads whole, on the reader's grid, if nobody else reads it."""
         if not isinstance(source, Ref) or self._uses[id(source.node)] != 1:
             return None
-        node, window = source.node, source.window
+        node, window = source.node, source.window.within(source.node.rows, source.node.cols)
         whole = source.channel == 0 and source.channels == node.channels == reader.channels
-        inside = window.is_plain and window.y0 <= 0 and window.x0 <= 0
-        inside = inside and window.y1 >= reader.rows and window.x1 >= reader.cols
-        same = (node.rows, node.cols) == (reader.rows, reader.cols)
-        return node if whole and inside and same else None
+        inside = window.y0 <= window.dy and window.dy + reader.rows <= window.y1
+        inside = inside and window.x0 <= window.dx and window.dx + reader.cols <= window.x1
+        if not (whole and inside):
+            return None
+        same = window.is_plain and (node.rows, node.cols) == (reader.rows, reader.cols)
+        return node if same else self._moved_to(node, window.dy, window.dx, reader)
+
+    def _moved_to(self, node: Node, dy: int, dx: int, reader: Node) -> Node | None:
+        """A node that computes at (y, x) of the reader's grid what ``node`` does at (y + dy, x + dx)."""
+        rows, cols = reader.rows, reader.cols
+
+        def read(source: Source) -> Source:
+            if isinstance(source, Constant) and source.window == WHOLE:
+                tensor = source.tensor
+                tensor = tensor[:, dy : dy + rows] if tensor.shape[1] > 1 else tensor
+                return Constant(tensor[:, :, dx : dx + cols] if tensor.shape[2] > 1 else tensor)
+            return replace(source, window=source.window.then(Window(dy, dx))) if dy or dx else source
+
+        moved: Node
+        if isinstance(node, PointwiseNode):
+            b = None if node.b is None else read(node.b)
+            moved = replace(node, rows=rows, cols=cols, a=read(node.a), b=b)
+        elif isinstance(node, ConvNode | EmbedNode):
+            num = node.num if isinstance(node, ConvNode) else 1
+            taps = [(y + num * dy, x + num * dx) for y, x in node.taps]
+            init = None if node.init is None else read(node.init)
+            moved = replace(node, rows=rows, cols=cols, taps=taps, init=init)
+        else:
+            return None
+        known = windowed(self._known[id(node)], Window(dy, dx), rows, cols)
+        self._uses[id(moved)], self._known[id(moved)] = 1, known
+        return moved
 
     def _times(self, conv: ConvNode, factor: Constant) -> ConvNode | None:
         """``conv * factor`` as one convolution."""
@@ -148,10 +178,13 @@ class _Folder(_Mover):
         return replace(conv, weight=(conv.weight.double() * scale[0, 0]).float(), init=init)
 
     def _plus(self, conv: _Sum, other: Source) -> _Sum | None:
-        """``conv + other`` as one node, where that makes nothing later and needs no further sum."""
+        """``conv + other`` as one node, where that needs no further sum and makes few cells later.
+
+        At the border a convolution may depend on less than anywhere else.
+        """
         if isinstance(other, Ref):
             known = windowed(self._known[id(other.node)], other.window, conv.rows, conv.cols)
-            if (known > self._known[id(conv)]).any():
+            if (known > self._known[id(conv)]).mean() >= 0.5:
                 return None
         if conv.init is None:
             return replace(conv, init=other)
@@ -167,10 +200,9 @@ class _Folder(_Mover):
         merged = self._plus(below, constant) if isinstance(below, ConvNode | EmbedNode) else None
         if merged is None:
             return None
-        assert below is not None
-        self.nodes[self.nodes.index(below)] = merged
+        self.nodes[self.nodes.index(ref.node)] = merged
         self._uses[id(merged)], self._known[id(merged)] = 1, self._known[id(below)]
-        return replace(conv, init=replace(ref, node=merged))
+        return replace(conv, init=Ref(merged, 0, merged.channels))
 
 
 class _Tabulator(_Mover):

@@ -94,7 +94,10 @@ _CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
     ),
     "a stride": lambda: Model(
         nn.Sequential(
-            nn.ZeroPad2d((0, 0, 3, 0)), nn.Conv2d(10, 4, 2, stride=2), nn.ConvTranspose2d(4, CLASSES, 2, 2)
+            nn.ZeroPad2d((0, 0, 3, 0)),
+            nn.Conv2d(10, 4, 2, stride=2),
+            nn.ConvTranspose2d(4, CLASSES, 2, 2),
+            nn.ZeroPad2d((0, 0, 0, -3)),
         )
     ),
     "few channels": lambda: Model(nn.Conv2d(7, CLASSES, (2, 1)), lambda y: F.pad(y[:, :7], (0, 0, 2, -1))),
@@ -155,7 +158,7 @@ def test_a_sum_starts_a_row_of_tables() -> None:
 
 def test_what_a_masked_table_is_known_by() -> None:
     """Channels that read nothing of a tap are known before it: rows of zeros count for nothing."""
-    model = Model(nn.Conv2d(10, CLASSES, (2, 1), padding=(1, 0)))
+    model = Model(nn.Conv2d(10, CLASSES, (2, 1)), lambda y: F.pad(y, (0, 0, 1, 0)))
     with torch.no_grad():
         model.first.weight[:4, :, 1] = 0.0
     graph = _captured(model)

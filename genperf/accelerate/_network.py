@@ -15,6 +15,8 @@ from genperf.accelerate._swap import original_class
 from genperf.sampling import CaptureError
 from genperf.sampling._model import Adapted, check_mode, dtype_of, unwrapped
 
+_PLAIN = (bool, int, float, str, type(None))
+
 
 class Unsuited(Exception):  # noqa: N818
     """The network cannot be computed pixel by pixel."""
@@ -24,6 +26,7 @@ class Arguments:
     """A call's arguments: the image, which is the first tensor, and all others."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._args, self._kwargs = args, kwargs
         self.leaves, self.spec = tree_flatten((args, kwargs))
         tensors = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
         if not tensors:
@@ -45,7 +48,7 @@ class Arguments:
         for leaf in self.leaves:
             if isinstance(leaf, Tensor):
                 facts.append((leaf.dtype, tuple(leaf.shape[1:])))
-            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+            elif type(leaf) in _PLAIN:
                 facts.append((type(leaf), leaf))
             else:
                 raise Unsuited(f"it is called with a {type(leaf).__name__}")
@@ -53,21 +56,27 @@ class Arguments:
 
     def like(self, other: Arguments) -> bool:
         """Whether nothing differs from another call but the image's values."""
-        if self is other:
-            return True
+        if self is not other and not self._alike(other):
+            return False
+        rows = other.rows.items()
+        return all(_equal(self.leaves[int(n.removeprefix("argument_"))], t) for n, t in rows)
+
+    def again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call has these very arguments, and no container whose contents may differ."""
+        if len(args) != len(self._args) or kwargs.keys() != self._kwargs.keys():
+            return False
+        pairs = [*zip(args, self._args, strict=True), *((kwargs[k], self._kwargs[k]) for k in kwargs)]
+        return all(a is b and (isinstance(a, Tensor) or type(a) in _PLAIN) for a, b in pairs)
+
+    def _alike(self, other: Arguments) -> bool:
         if self.spec != other.spec or self.image.shape != other.image.shape:
             return False
         if self.image.dtype != other.image.dtype or len(self.leaves) != len(other.leaves):
             return False
-        for i, (a, b) in enumerate(zip(self.leaves, other.leaves, strict=True)):
-            if i == self.at:
-                continue
-            if not isinstance(a, Tensor):
-                if a is not b and a != b:
-                    return False
-            elif f"argument_{i}" not in other.rows or not _equal(a, other.rows[f"argument_{i}"]):
-                return False
-        return True
+        if self._others != other._others:
+            return False
+        pairs = [p for p in zip(self.leaves, other.leaves, strict=True) if not isinstance(p[0], Tensor)]
+        return all(a is b or (type(a) in _PLAIN and a == b) for a, b in pairs)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

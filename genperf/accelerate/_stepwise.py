@@ -117,6 +117,7 @@ class Stepping(Session):
         self._whole_pixels, self._span = whole_pixels, span
         self._plans: dict[Any, Planned] = {}
         self._run: _Run | None = None
+        self._last: Arguments | None = None
         self._key: Any = None
 
     def __exit__(self, *exception: object) -> None:
@@ -136,7 +137,9 @@ class Stepping(Session):
             return network(*args, **kwargs)
         with torch.no_grad():
             try:
-                given = Arguments(args, kwargs)
+                given = self._last
+                if given is None or not given.again(args, kwargs):
+                    given = self._last = Arguments(args, kwargs)
                 if self._run is None or self._run.finished:
                     self._run = self._begin(network, given)
                 run = self._run
@@ -149,7 +152,7 @@ class Stepping(Session):
         with torch.no_grad():
             self.begun = True
             if self.limit is not None:
-                self.params.append(run.params)
+                self.params.append(run.params.clone())
             if run.finished and not run.plan.checked:
                 run.plan.checked = run.agrees(network(*args, **kwargs))
                 if not run.plan.checked:
@@ -253,7 +256,7 @@ class _Run:
         pixel = steps.slot // self._grid[1]
         params = steps.params()
         cell = self.plan.network.cell(self._buffer, *divmod(pixel, self._grid[3]))
-        self.params = params[:, : cell[0].numel()].clone()
+        self.params = params[:, : cell[0].numel()]
         cell.copy_(self.params.view(cell.shape))
         self._version = self._buffer._version
         self.finished = steps.slot + self._draws == steps.slots

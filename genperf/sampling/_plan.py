@@ -23,7 +23,7 @@ from genperf.sampling._ir import (
 )
 from genperf.sampling._layout import plain
 from genperf.sampling._schedule import NEVER, Schedule, Task, schedule
-from genperf.sampling._simplify import simplify
+from genperf.sampling._simplify import by_class, simplify
 from genperf.sampling._verify import Cells, check_causal, when_known
 from genperf.sampling.heads import Description
 
@@ -58,7 +58,8 @@ def plan(graph: Graph, head: Description, feedback: Feedback) -> Plan:
         CaptureError: if the graph has no incremental form.
     """
     check_causal(graph, when_known(graph, head.draws), _draw_of_channel(head, graph.output.channels))
-    graph = simplify(graph, head.draws)
+    classes = by_class(graph) if feedback == "one_hot" and head.draws == 1 else None
+    graph = simplify(graph, head.draws) if classes is None else classes
     # Heads read cells: not the zeros beside a node that a shift of the output brings in.
     graph.output = plain(graph.output, graph.input.rows, graph.input.cols, graph.nodes, "the model's output")
     made = schedule(graph, when_known(graph, head.draws))
@@ -107,7 +108,7 @@ class _Emitter:
         self._buffers()
         params = self._operand(self._graph.output)
         fed, input, scale = p.FeedbackKind.NONE, -1, Scaled()
-        if feedback != "index":
+        if grid.form != "index":
             input = self._buffer[id(grid)]
             fed = p.FeedbackKind.ONE_HOT
             if isinstance(feedback, Scaled):

@@ -17,6 +17,7 @@ from genperf.sampling._ir import (
     EmbedNode,
     GlobalNode,
     Graph,
+    Input,
     Node,
     PointwiseNode,
     Ref,
@@ -29,6 +30,15 @@ from genperf.sampling._verify import Times, positions, tap_window, when_known, w
 _Sum: TypeAlias = ConvNode | EmbedNode  # what starts from an init
 _TABLES = 64 << 20  # bytes of tables that replace a convolution with fewer weights
 _NARROW = 8  # channels of an embedding from which tables are faster than its convolution
+
+
+def by_class(graph: Graph) -> Graph | None:
+    """A simplified graph of drawn classes, for one whose input is their one-hot code.
+
+    None where something else than convolutions reads the code.
+    """
+    simple = simplify(_Indexer(graph).run())
+    return None if any(isinstance(n, EmbedNode) and n.table is None for n in simple.nodes) else simple
 
 
 def simplify(graph: Graph, draws: int = 1) -> Graph:
@@ -51,7 +61,10 @@ class _Mover:
             made = node if node is self.graph.input else self.rewritten(node)
             self._now[id(node)] = made
             self.nodes.append(made)
-        moved = Graph(self.graph.input, self.nodes, self.moved(self.graph.output))
+        return self.finished(self.graph.input)
+
+    def finished(self, grid: Input) -> Graph:
+        moved = Graph(grid, self.nodes, self.moved(self.graph.output))
         moved.prune()
         return moved
 
@@ -93,6 +106,22 @@ class _Mover:
 
     def pointwise(self, node: PointwiseNode) -> Node:
         return node
+
+
+class _Indexer(_Mover):
+    """Reads drawn classes instead of their one-hot codes, which are the input's channels."""
+
+    def run(self) -> Graph:
+        grid = self.graph.input
+        drawn = Input(grid.name, grid.rows, grid.cols, 1, "index")
+        codes = EmbedNode(grid.name, grid.rows, grid.cols, grid.channels, drawn)
+        self.nodes += [drawn, codes]
+        self._now[id(grid)] = codes
+        for node in self.graph.nodes:
+            if node is not grid:
+                self._now[id(node)] = self.rewritten(node)
+                self.nodes.append(self._now[id(node)])
+        return self.finished(drawn)
 
 
 class _Folder(_Mover):

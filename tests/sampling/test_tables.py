@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from genperf_testing import graphs
+from genperf_testing import graphs, plans
 from genperf_testing.models import randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,7 +17,8 @@ from genperf.sampling._graph import capture
 from genperf.sampling._ir import ConvNode, EmbedNode, Graph
 from genperf.sampling._native import CPUExecutor
 from genperf.sampling._plan import plan
-from genperf.sampling._program import Conv, Embed
+from genperf.sampling._program import Conv, Embed, FeedbackKind
+from genperf.sampling._reference import ReferenceExecutor
 from genperf.sampling._simplify import simplify
 from genperf.sampling._verify import when_known
 
@@ -185,6 +186,24 @@ def test_65536_classes_take_no_identity() -> None:
     with torch.no_grad():
         logits = model(state.values[..., 0].long())
     torch.testing.assert_close(executor.params(state, 5)[0], logits[0, :, 1, 2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("otherwise", [False, True])
+def test_a_one_hot_input_is_drawn_classes(otherwise: bool) -> None:
+    """Floats that are one-hot codes are not written down, unless more than convolutions read them."""
+    layer = ar.MaskedConv2d(CLASSES, CLASSES, 5, mask_type="A")
+    model = randomise(nn.Sequential(nn.Sigmoid(), layer) if otherwise else nn.Sequential(layer, nn.ELU()))
+    drawn = torch.randint(CLASSES, (2, *SHAPE), generator=torch.Generator().manual_seed(2))
+    codes = F.one_hot(drawn, CLASSES)
+    x = codes.permute(0, 3, 1, 2).float()
+    graph = capture(model, x, x.flip(0))
+    program = plan(graph, heads.Categorical(CLASSES), "one_hot").program
+    assert program.head.feedback == (FeedbackKind.ONE_HOT if otherwise else FeedbackKind.NONE)
+    assert any(isinstance(i, Embed) for i in program.instructions) != otherwise
+    executor = ReferenceExecutor(program, dtype=torch.float64)
+    params = plans.teacher_forced(executor, program, drawn[..., None].float())
+    expected = graphs.evaluate(graph, codes)
+    torch.testing.assert_close(torch.stack(params, 1), expected.flatten(1, 2), rtol=1e-6, atol=1e-6)
 
 
 class _Scaled(nn.Module):

@@ -47,7 +47,7 @@ void vq_search(const VqSearch& a) {
                 held = chunk < panels ? std::min(blocks, kHeldBlocks) : blocks;
   std::vector<std::unique_ptr<Batch>> waiting(chunk < panels ? held : 0);
   Scratch<float> packed(chunk * panel_floats);
-  const bool large = static_cast<double>(a.n) * a.codewords * a.dim > 1e6;
+  [[maybe_unused]] const bool large = static_cast<double>(a.n) * a.codewords * a.dim > 1e6;
 #pragma omp parallel if (large)
   {
     Subnormals mine;

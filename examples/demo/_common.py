@@ -259,7 +259,7 @@ def save_chart(path: Path, outcomes: list[Outcome], conditions: str) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
     axes[-1, 0].set_xscale("log")  # a loss is as long as a gain
-    axes[-1, 0].set_xlim(min(*gains, 0.8) / 1.15, max(*gains, 1.25) * 1.5)
+    axes[-1, 0].set_xlim(min(*gains, 0.8) / 1.6, max(*gains, 1.25) * 1.5)
     axes[-1, 0].xaxis.set_major_locator(ticker.LogLocator(10, subs=(1, 2, 5)))
     axes[-1, 0].xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}\u00d7"))
     axes[-1, 0].xaxis.set_minor_locator(ticker.NullLocator())

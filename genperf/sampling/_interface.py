@@ -130,17 +130,6 @@ class Interface:
             return ~((values >= -1) & (values <= 1)), "numbers in -1 to 1"
         return ~values.isfinite(), "finite numbers"
 
-    def read_by_draw(self, draw: int, parameters: int) -> list[int]:
-        """The channels of the parameters that draw ``draw`` of a pixel may read."""
-        head = self.head.program(0, self.rows, self.cols)
-        if head.kind == HeadKind.CATEGORICAL:
-            return [k * head.stride_class + draw * head.stride_draw for k in range(head.classes)]
-        if head.kind == HeadKind.BERNOULLI:
-            return [draw]
-        if head.kind == HeadKind.GAUSSIAN:
-            return [draw, draw + head.stride_class]
-        return list(range(parameters)) if draw == head.draws - 1 else []
-
     def parameters(self, output: Any, batch: int) -> dict[bool, Tensor]:
         """A model's output as [B, P, cells], by whether its channels come after the cells: in each way that
         its shape allows."""

@@ -80,14 +80,11 @@ def refill(old: Plan, graph: Graph) -> None:
 
 
 def _draw_of_channel(head: Description, channels: int) -> list[int]:
-    """Which draw of a pixel reads each channel of the output; the last one where that is not known."""
+    """The first draw of a pixel that reads each channel of the output; the last one where none does."""
     owner = [head.draws - 1] * channels
-    layout = head.program(0, 1, 1)
-    for draw in range(head.draws if layout.kind != p.HeadKind.CALLBACK else 0):
-        for k in range(max(1, layout.classes) if layout.kind == p.HeadKind.CATEGORICAL else 2):
-            channel = k * layout.stride_class + draw * layout.stride_draw
-            if channel < channels:
-                owner[channel] = draw
+    for draw in reversed(range(head.draws)):
+        for channel in head.reads(draw, channels):
+            owner[channel] = draw
     return owner
 
 

@@ -67,7 +67,7 @@ def check_future(interface: Interface, output: Any, slots: Sequence[int], parame
             change = (params[0] - params[number]).abs().float()  # [P, cells]
             seen = change[:, :pixel].max().item() if pixel else 0.0
             for d in range(draw + 1):
-                seen = max([seen, *change[interface.read_by_draw(d, parameters), pixel].tolist()])
+                seen = max([seen, *change[interface.head.reads(d, parameters), pixel].tolist()])
             changes.append(seen)
         most = _DEAD * max(1.0, first_tensor(output).abs().max().item())
         if min(changes) > most:
@@ -119,7 +119,7 @@ def compare(
     for last, params in interface.parameters(output, batch).items():
         error = 0.0
         for draw in range(head.draws):
-            channels = interface.read_by_draw(draw, parameters)
+            channels = interface.head.reads(draw, parameters)
             if channels:
                 wanted = params[0, channels].T.float().cpu()  # [cells, channels]
                 error = max(error, _distance(own[draw :: head.draws, channels], wanted))

@@ -64,6 +64,16 @@ class Description:
         """classes, stride_class and stride_draw of :class:`genperf.sampling._program.Head`."""
         return 0, 0, 1
 
+    def reads(self, draw: int, parameters: int) -> list[int]:
+        """The channels, of so many parameters, that draw ``draw`` of a pixel may read."""
+        classes, stride_class, stride_draw = self._layout()
+        if self.draws == 1:
+            return list(range(parameters))
+        if self.kind == HeadKind.CALLBACK:  # not known; what is there at the last draw is there
+            return list(range(parameters)) if draw == self.draws - 1 else []
+        count = {HeadKind.CATEGORICAL: classes, HeadKind.GAUSSIAN: 2}.get(self.kind, 1)
+        return [k * stride_class + draw * stride_draw for k in range(count)]
+
     def program(
         self,
         params: int,

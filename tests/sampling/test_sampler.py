@@ -84,7 +84,7 @@ def test_parameters_are_as_exact_as_the_models(family):
         own = _probe.forced_parameters(executor, values, channels)
         draws = sampler.head.draws
         for d in range(draws):
-            read = sampler._interface.read_by_draw(d, channels)
+            read = sampler.head.reads(d, channels)
             error = (own[d::draws, read].double() - exact[read].T).abs().max()
             allowed = 2 * (plain[read] - exact[read]).abs().max() + 2e-6 * exact.abs().max()
             assert error <= allowed

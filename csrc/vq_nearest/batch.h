@@ -14,15 +14,15 @@
 
 namespace genperf {
 namespace GENPERF_ISA {
+namespace vq {
 
 struct BatchProbe;  // of the tests
 
-namespace {
-
-constexpr int64_t kDepth = 256;  // products in one chain, and of a panel in the first-level cache
-constexpr int kRows = 16 * 6;    // vectors of a block at most; a multiple of every kTile
-constexpr int kMostWanted = 64;  // k
-constexpr double kRoundoff = 0x1p-24;
+inline constexpr int64_t kDepth = 256;     // products in one chain, and of a panel in the first-level cache
+inline constexpr int kRows = 16 * 6;       // vectors of a block at most; a multiple of every kTile
+inline constexpr int kMostWanted = 64;     // k
+inline constexpr int64_t kFewVectors = 6;  // for which packing does not pay
+inline constexpr double kRoundoff = 0x1p-24;
 
 GENPERF_HD Vf multiply_add(Vf a, Vf b, Vf c) {
 #if defined(__AVX512F__)
@@ -86,6 +86,8 @@ class Batch {
     }
   }
 
+  int rows() const { return rows_; }
+
   void close(Ranking& ranking) {
     for (int r = 0; r < n_; ++r) {
       const float* x = raw_.get() + r * pitch_;
@@ -108,7 +110,7 @@ class Batch {
   }
 
  private:
-  friend struct GENPERF_ISA::BatchProbe;
+  friend struct BatchProbe;
   static constexpr int kMost = 2 * kMostWanted;  // candidates
   enum class Kind : uint8_t { kSearched, kAll, kZero, kNotFinite };
   struct Candidate {
@@ -294,6 +296,6 @@ class Batch {
   int32_t found_[kMost];
 };
 
-}  // namespace
+}  // namespace vq
 }  // namespace GENPERF_ISA
 }  // namespace genperf

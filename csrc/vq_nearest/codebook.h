@@ -9,15 +9,16 @@
 
 namespace genperf {
 namespace GENPERF_ISA {
+namespace vq {
 
 #if defined(__AVX512F__)
-constexpr int kTile = 8, kWide = 2;
+inline constexpr int kTile = 8, kWide = 2;
 #elif defined(__AVX2__)
-constexpr int kTile = 6, kWide = 1;
+inline constexpr int kTile = 6, kWide = 1;
 #else
-constexpr int kTile = 2, kWide = 1;
+inline constexpr int kTile = 2, kWide = 1;
 #endif
-constexpr int kWidth = kWide * kLanes;  // codewords of a panel
+inline constexpr int kWidth = kWide * kLanes;  // codewords of a panel
 
 // 2^exponent, as far as a normal float32 goes.
 inline float power_of_two(int exponent) {
@@ -170,5 +171,6 @@ struct Codebook {
   }
 };
 
+}  // namespace vq
 }  // namespace GENPERF_ISA
 }  // namespace genperf

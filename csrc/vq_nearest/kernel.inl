@@ -11,30 +11,16 @@ namespace {
 
 constexpr int64_t kTileFloats = 1 << 15;   // of the vectors of a block
 constexpr int64_t kChunkFloats = 1 << 21;  // of the packed codewords that are held at a time
-constexpr int64_t kFewVectors = 6;         // for which packing does not pay
 constexpr int64_t kHeldBlocks = 48;        // blocks of vectors that wait for the next chunk of the codebook
-
-// Without the products: all codewords are measured in double.
-void few(const VqSearch& a, const Rows& x, const Codebook& book) {
-  Scratch<float> row(a.dim);
-  Ranking ranking(a, book);
-  for (int64_t i = 0; i < a.n; ++i) {
-    x.read(i, 1, row.get(), a.dim);
-    if (is_finite(row.get(), a.dim))
-      ranking.among_all(i, row.get());
-    else
-      ranking.not_finite(i);
-  }
-}
-
 }  // namespace
 
 void vq_search(const VqSearch& a) {
+  using namespace vq;
   const Rows x(a.x);
   Subnormals subnormals;
   Codebook book(a);
   if (a.n <= kFewVectors || book.n_usable == 0) {
-    few(a, x, book);
+    Ranking(a, book).among_all_of(x);
     return;
   }
   if (a.k == 1) book.leave_out_duplicates();

@@ -8,6 +8,7 @@
 
 namespace genperf {
 namespace GENPERF_ISA {
+namespace vq {
 
 using Vd = Block<double>;  // eight
 
@@ -62,6 +63,18 @@ class Ranking {
         if (book_.usable[i]) all_[n_all_++] = static_cast<int32_t>(i);
     }
     among(row, x, all_.get(), n_all_);
+  }
+
+  // Without the products: all codewords are measured in double.
+  void among_all_of(const Rows& x) {
+    Scratch<float> row(a_.dim);
+    for (int64_t i = 0; i < a_.n; ++i) {
+      x.read(i, 1, row.get(), a_.dim);
+      if (is_finite(row.get(), a_.dim))
+        among_all(i, row.get());
+      else
+        not_finite(i);
+    }
   }
 
   // All codewords are equally near to 0 by their inner products and cosines.
@@ -139,5 +152,6 @@ class Ranking {
   int64_t n_all_ = -1;
 };
 
+}  // namespace vq
 }  // namespace GENPERF_ISA
 }  // namespace genperf

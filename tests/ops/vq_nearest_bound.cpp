@@ -20,6 +20,7 @@ void vq_search(const VqSearch&) {}
 Isa current_isa() { return Isa::avx2; }
 
 namespace avx2 {
+namespace vq {
 
 // The scores of all vectors with all codewords, as Batch computes them.
 struct BatchProbe {
@@ -90,12 +91,13 @@ float value(int kind, bool word, int64_t d, std::mt19937& random) {
 }
 
 }  // namespace
+}  // namespace vq
 }  // namespace avx2
 }  // namespace genperf
 
 int main() {
   using namespace genperf;
-  using namespace genperf::avx2;
+  using namespace genperf::avx2::vq;
   int failures = 0;
   for (int kind = 0; kind < 5; ++kind)
     for (const Metric metric : {Metric::kL2, Metric::kCosine, Metric::kDot}) {

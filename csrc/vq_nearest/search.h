@@ -1,0 +1,92 @@
+// The nearest codewords of rows that another op has at hand, inside a native call of its own.
+//
+//   const SearchedCodebook book(codebook, Metric::kL2, n_rows);  // once
+//   RowSearch search(book);                                      // one for each thread
+//   search.nearest(rows, pitch, n, indices);                     // up to RowSearch::kMost rows at a time
+//
+// The definition, and what holds of rows and codewords that are not finite, are those of vq_nearest.h. A
+// thread that calls any of these holds an instance of Subnormals (plan.h) meanwhile.
+#pragma once
+
+#include <memory>
+
+#include "batch.h"
+
+namespace genperf {
+namespace GENPERF_ISA {
+namespace vq {
+
+// A codebook [K, D] of any strides and dtype, which must outlive this. `n_rows` is how many rows will be
+// sought, roughly: for a few, the codebook is not packed.
+class SearchedCodebook {
+ public:
+  SearchedCodebook(const View& codebook, Metric metric, int64_t n_rows)
+      : args_(arguments(codebook, metric)),
+        book_(args_),
+        packs_(n_rows > kFewVectors && book_.n_usable > 0),
+        panels_(packs_ ? (args_.codewords + kWidth - 1) / kWidth * (args_.dim + 1) * kWidth : 0) {
+    if (!packs_) return;
+    book_.leave_out_duplicates();
+    book_.prepare();
+    for (int64_t i = 0; i < args_.codewords; i += kWidth) book_.pack(i, panels_.get() + i * (args_.dim + 1));
+  }
+  SearchedCodebook(const SearchedCodebook&) = delete;
+
+  int64_t codewords() const { return args_.codewords; }
+  int64_t dim() const { return args_.dim; }
+  Metric metric() const { return args_.metric; }
+
+ private:
+  friend class RowSearch;
+
+  static VqSearch arguments(const View& codebook, Metric metric) {
+    VqSearch a{};
+    a.codebook = codebook, a.metric = metric;
+    a.codewords = codebook.shape[0], a.dim = codebook.shape[1], a.k = 1;
+    return a;
+  }
+
+  VqSearch args_;
+  Codebook book_;
+  bool packs_;
+  Scratch<float> panels_;
+};
+
+class RowSearch {
+ public:
+  static constexpr int kMost = 32;
+
+  explicit RowSearch(const SearchedCodebook& book)
+      : book_(book), args_(book.args_), ranking_(args_, book.book_) {
+    if (book.packs_) batch_ = std::make_unique<Batch>(args_, book.book_, kMost / kTile * kTile);
+  }
+  RowSearch(const RowSearch&) = delete;
+
+  // Of rows[i * pitch + d], i < n <= kMost, d < D: the nearest codeword, and its distance where wanted.
+  void nearest(const float* rows, int64_t pitch, int n, int64_t* indices, float* distances = nullptr) {
+    View view;
+    view.data = const_cast<float*>(rows), view.ndim = 2;
+    view.shape[0] = n, view.shape[1] = args_.dim, view.stride[0] = pitch, view.stride[1] = 1;
+    args_.x = view, args_.n = n, args_.indices = indices, args_.distances = distances;
+    const Rows x(view);
+    if (!batch_) {
+      ranking_.among_all_of(x);
+      return;
+    }
+    for (int64_t first = 0; first < n; first += batch_->rows()) {
+      batch_->open(x, first);
+      batch_->scan(book_.panels_.get(), 0, args_.codewords);
+      batch_->close(ranking_);
+    }
+  }
+
+ private:
+  const SearchedCodebook& book_;
+  VqSearch args_;
+  Ranking ranking_;
+  std::unique_ptr<Batch> batch_;
+};
+
+}  // namespace vq
+}  // namespace GENPERF_ISA
+}  // namespace genperf

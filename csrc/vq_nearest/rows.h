@@ -57,6 +57,18 @@ class Rows {
     return buffer;
   }
 
+  // Rows [first, first + n), `pitch` floats apart: in place, or in `buffer` of n dim floats.
+  const float* some(int64_t first, int n, float* buffer, int64_t& pitch) const {
+    if (dtype_ == DType::kFloat32 && step_ == 1) {
+      const Position at(lead_, first);
+      pitch = lead_.stride[lead_.ndim - 1];
+      if (n <= at.run) return static_cast<const float*>(data_) + at.offset;
+    }
+    pitch = dim_;
+    read(first, n, buffer, pitch);
+    return buffer;
+  }
+
   static constexpr int kMost = 128;  // rows at a time
 
  private:

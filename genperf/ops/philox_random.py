@@ -200,7 +200,7 @@ def check_key(key: Tensor, shape: Sequence[int], op: str) -> None:
         raise ValueError(f"{op}: key has shape {tuple(key.shape)}, expected (2,) or ({batch}, 2)")
 
 
-def _draw(device: torch.device, generator: torch.Generator | None) -> Tensor:
+def _draw(device: torch.device, generator: torch.Generator | None, distinct: Tensor | None = None) -> Tensor:
     if generator is None or generator.device.type == device.type:
         return torch.empty(2, dtype=torch.int64, device=device).random_(generator=generator)
     return torch.empty(2, dtype=torch.int64, device=generator.device).random_(generator=generator).to(device)
@@ -208,9 +208,9 @@ def _draw(device: torch.device, generator: torch.Generator | None) -> Tensor:
 
 _draw_key = Operator(
     "draw_key",
-    "(Device device, Generator? generator) -> Tensor",
+    "(Device device, Generator? generator, Tensor? distinct=None) -> Tensor",
     _draw,
-    lambda device, generator: torch.empty(2, dtype=torch.int64, device=device),
+    lambda device, *_: torch.empty(2, dtype=torch.int64, device=device),
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
@@ -245,6 +245,9 @@ def draw_key(
     """
     device = torch.device(device)
     if generator is None or isinstance(generator, torch.Generator):
+        if torch.compiler.is_compiling():
+            # The compiler takes operators with equal arguments for equal; an empty tensor is one to none.
+            return _draw_key(device, generator, torch.empty(0, device=device))
         return _draw_key(device, generator)
     if not isinstance(generator, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generator):
         raise TypeError(

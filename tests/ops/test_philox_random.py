@@ -15,7 +15,7 @@ from genperf_testing.backends import TESTS, load
 from genperf_testing.cases import Case
 
 import genperf
-from genperf.ops import draw_key, philox_random
+from genperf.ops import draw_key, gaussian_sample, philox_random
 from genperf.ops.philox_random import _normal_pair, _philox_words
 
 M = 0xFFFFFFFF
@@ -472,3 +472,18 @@ def test_keys_on_a_gpu(device):
     keys = draw_key("cuda", [torch.Generator("cuda").manual_seed(i) for i in (1, 2, 1)])
     assert torch.equal(keys[0], keys[2])
     assert not torch.equal(keys[0], keys[1])
+
+
+def test_keys_of_a_compiled_function_that_is_differentiated_are_different():
+    """The compiler's search for common subexpressions takes place where there is a backward pass."""
+
+    def difference(parameters):
+        return gaussian_sample(parameters).z - gaussian_sample(parameters + 0.0).z
+
+    parameters = torch.zeros(2, 8, 3, requires_grad=True)
+    torch.manual_seed(0)
+    expected = difference(parameters)
+    torch.manual_seed(0)
+    actual = torch.compile(difference, fullgraph=True, backend="aot_eager")(parameters)
+    assert expected.abs().max() > 0
+    assert torch.equal(actual, expected)

@@ -7,136 +7,152 @@ vector quantization with the rotation trick", ICLR 2025 (arXiv:2410.06424), for 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from genperf._op import Operator
-from genperf.ops.vq_nearest import vq_nearest
+from genperf.ops import _vector_quantize_reference as formulas
+from genperf.ops._vector_quantize_checks import check_options, check_rows
+from genperf.ops._vector_quantize_reference import REDUCTIONS
+from genperf.ops.vq_nearest import METRICS, check_operands, vq_nearest
 
 __all__ = ["VectorQuantized", "vector_quantize"]
 
-ESTIMATORS = ("straight_through", "rotation")
+
+_METRIC_NAMES = {number: name for name, number in METRICS.items()}
 
 
 class VectorQuantized(NamedTuple):
-    """Results of :func:`vector_quantize`; the last two are None unless asked for."""
+    """Results of :func:`vector_quantize`; those after ``loss`` are None unless asked for."""
 
     quantized: Tensor
     indices: Tensor
     loss: Tensor
     counts: Tensor | None
     perplexity: Tensor | None
-
-
-def _rows(indices: Tensor, codebook: Tensor) -> Tensor:
-    """Rows of the codebook [heads, K, D] seen as one of heads K: [heads, *]."""
-    heads, n_codewords = codebook.shape[:2]
-    offset = torch.arange(heads, device=indices.device) * n_codewords
-    return indices + offset.view(-1, *[1] * (indices.dim() - 1))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x over its length along the last dimension (0 for 0), and the length."""
-    length = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(length == 0, 1.0, length), length
-
-
-def _rotated_back(grad: Tensor, x: Tensor, q: Tensor) -> Tensor:
-    """The gradient by x of (|q| / |x|) R x, constants but for x, where the rotation R turns x to q."""
-    x_unit, x_length = _unit(x)
-    q_unit, q_length = _unit(q)
-    middle, _ = _unit(x_unit + q_unit)
-    turned = grad - 2 * middle * (middle * grad).sum(-1, keepdim=True)
-    turned = turned + 2 * x_unit * (q_unit * grad).sum(-1, keepdim=True)
-    return turned * (q_length / torch.where(x_length == 0, 1.0, x_length))
+    commitment_loss: Tensor | None
+    codebook_loss: Tensor | None
 
 
 def _reference(
-    x: Tensor, codebook: Tensor, indices: Tensor, commitment_weight: float, codebook_weight: float
-) -> tuple[Tensor, Tensor]:
-    q = codebook.flatten(0, 1)[_rows(indices, codebook)]
-    weight = (commitment_weight + codebook_weight) / max(1, x.numel())
-    loss = (_wide(x) - _wide(q)).square().sum() * weight
-    return (q + 0 * x).contiguous(), loss  # the product is NaN where x is not finite
+    x: Tensor, codebook: Tensor, indices: Tensor | None, mask: Tensor | None, metric: int, reduction: int,
+    want_counts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    n_codewords = codebook.shape[1]
+    if indices is None:
+        chosen = vq_nearest(x, codebook, _METRIC_NAMES[metric]).indices
+    else:
+        known = (indices >= 0) & (indices < n_codewords)
+        if not x.is_cuda and not (known | (indices == -1)).all():  # no look at the device
+            bad = indices[~known & (indices != -1)][0].item()
+            raise ValueError(f"indices contains {bad}, expected -1 to {n_codewords - 1}")
+        chosen = torch.where(known, indices, -1)
+    if mask is not None:
+        chosen = torch.where(mask, chosen, -1)
+    return (
+        formulas.quantized(x, codebook, chosen),
+        chosen.contiguous(),
+        formulas.squares(x, codebook, chosen, reduction),
+        formulas.counts(codebook, chosen) if want_counts else None,
+    )
 
 
 def _fake(
-    x: Tensor, codebook: Tensor, indices: Tensor, commitment_weight: float, codebook_weight: float
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _wide(x.new_empty(()))
+    x: Tensor, codebook: Tensor, indices: Tensor | None, mask: Tensor | None, metric: int, reduction: int,
+    want_counts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    return (
+        torch.empty_like(x),
+        x.new_empty(x.shape[:-1], dtype=torch.int64),
+        formulas.wide(x.new_empty(formulas.loss_shape(x, reduction))),
+        x.new_empty(codebook.shape[:2], dtype=torch.int64) if want_counts else None,
+    )
 
 
 def _reference_backward(
-    grad: Tensor, grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor,
-    commitment_weight: float, codebook_weight: float, rotation: bool, want_x: bool, want_codebook: bool,
+    grad: Tensor | None, of_commitment: Tensor | None, of_codebook: Tensor | None, x: Tensor,
+    codebook: Tensor, indices: Tensor, reduction: int, rotation: bool, want_x: bool, want_codebook: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    rows, factor = _rows(indices, codebook), 2 / max(1, x.numel())
-    wide_x, q = _wide(x), _wide(codebook.flatten(0, 1)[rows])
-    of_x = of_codebook = None
-    if want_x:
-        of_x = _rotated_back(_wide(grad), wide_x, q) if rotation else _wide(grad)
-        of_x = (of_x + grad_loss * (commitment_weight * factor) * (wide_x - q)).to(x.dtype).contiguous()
-    if want_codebook:
-        by_row = (grad_loss * (codebook_weight * factor) * (q - wide_x)).flatten(0, -2)
-        zeros = torch.zeros_like(_wide(codebook.flatten(0, 1)))
-        if x.is_cuda:  # where it sorts, and index_add adds in any order
-            of_codebook = zeros.index_put((rows.flatten(),), by_row, accumulate=True)
-        else:
-            of_codebook = zeros.index_add(0, rows.flatten(), by_row)
-        of_codebook = of_codebook.view(codebook.shape).to(codebook.dtype).contiguous()
-    return of_x, of_codebook
+    grad_x, grad_codebook = formulas.backward(
+        grad, of_commitment, of_codebook, x, codebook, indices, reduction, rotation, want_x, want_codebook
+    )
+    return (
+        None if grad_x is None else torch.empty_like(x).copy_(grad_x),
+        None if grad_codebook is None else grad_codebook.contiguous(),
+    )
 
 
 def _fake_backward(
-    grad: Tensor, grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor,
-    commitment_weight: float, codebook_weight: float, rotation: bool, want_x: bool, want_codebook: bool,
+    grad: Tensor | None, of_commitment: Tensor | None, of_codebook: Tensor | None, x: Tensor,
+    codebook: Tensor, indices: Tensor, reduction: int, rotation: bool, want_x: bool, want_codebook: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     return (
-        x.new_empty(x.shape) if want_x else None,
+        torch.empty_like(x) if want_x else None,
         codebook.new_empty(codebook.shape) if want_codebook else None,
     )
 
 
 _forward_op = Operator(
     "vector_quantize",
-    "(Tensor x, Tensor codebook, Tensor indices, float commitment_weight, float codebook_weight)"
-    " -> (Tensor quantized, Tensor loss)",
+    "(Tensor x, Tensor codebook, Tensor? indices, Tensor? mask, int metric, int reduction, bool want_counts)"
+    " -> (Tensor quantized, Tensor indices, Tensor squares, Tensor counts)",
     _reference,
     _fake,
 )
 _backward_op = Operator(
     "vector_quantize_backward",
-    "(Tensor grad, Tensor grad_loss, Tensor x, Tensor codebook, Tensor indices, float commitment_weight,"
-    " float codebook_weight, bool rotation, bool want_x, bool want_codebook)"
+    "(Tensor? grad, Tensor? of_commitment, Tensor? of_codebook, Tensor x, Tensor codebook, Tensor indices,"
+    " int reduction, bool rotation, bool want_x, bool want_codebook)"
     " -> (Tensor grad_x, Tensor grad_codebook)",
     _reference_backward,
     _fake_backward,
 )
 
 
+def _scaled(grad: Tensor | None, weight: float, other: Tensor | None) -> Tensor | None:
+    """grad * weight + other, of which each may be none."""
+    if grad is None or weight == 0:
+        return other
+    return grad * weight if other is None else grad * weight + other
+
+
 class _VectorQuantize(torch.autograd.Function):
     """Saves the inputs and the indices alone; the backward pass gathers the codewords again."""
 
     @staticmethod
-    def forward(ctx, x, codebook, indices, commitment_weight, codebook_weight, rotation):
-        ctx.save_for_backward(x, codebook, indices)
-        ctx.settings = commitment_weight, codebook_weight, rotation
-        return _forward_op(x, codebook, indices, commitment_weight, codebook_weight)
+    def forward(ctx, x, codebook, indices, mask, settings, weights, rotation, return_losses):
+        quantized, chosen, squares, counts = _forward_op(x, codebook, indices, mask, *settings)
+        ctx.save_for_backward(x, codebook, chosen)
+        ctx.weights, ctx.reduction, ctx.rotation = weights, settings[1], rotation
+        ctx.set_materialize_grads(False)
+        counts = chosen.new_empty(0) if counts is None else counts
+        ctx.mark_non_differentiable(chosen, counts)
+        terms = (squares, squares.clone()) if return_losses else (None, None)
+        return quantized, chosen, squares * sum(weights), counts, *terms
 
     @staticmethod
-    def backward(ctx, grad, grad_loss):
-        # With create_graph=True the formulas themselves are differentiated.
-        run = _reference_backward if torch.is_grad_enabled() else _backward_op
-        wanted = ctx.needs_input_grad[:2]
-        of_x, of_codebook = run(grad, grad_loss, *ctx.saved_tensors, *ctx.settings, *wanted)
-        return of_x if wanted[0] else None, of_codebook if wanted[1] else None, None, None, None, None
+    def backward(ctx, *grads):
+        grad, _, grad_loss, _, grad_commitment, grad_codebook = grads
+        want_x, want_codebook = ctx.needs_input_grad[:2]
+        grads = (
+            grad,
+            _scaled(grad_loss, ctx.weights[0], grad_commitment),
+            _scaled(grad_loss, ctx.weights[1], grad_codebook),
+        )
+        # Where nothing depends on the codebook its gradient is none.
+        want_codebook = want_codebook and grads[2] is not None
+        want_x = want_x and (grad is not None or grads[1] is not None)
+        of_x = of_codebook = None
+        if want_x or want_codebook:
+            # With create_graph=True the formulas themselves are differentiated.
+            run: Callable[..., Any] = formulas.backward if torch.is_grad_enabled() else _backward_op
+            of_x, of_codebook = run(
+                *grads, *ctx.saved_tensors, ctx.reduction, ctx.rotation, want_x, want_codebook
+            )
+        return of_x if want_x else None, of_codebook if want_codebook else None, *(None,) * 6
 
 
 def vector_quantize(
@@ -145,9 +161,13 @@ def vector_quantize(
     metric: str = "l2",
     *,
     dim: int = -1,
+    indices: Tensor | None = None,
+    mask: Tensor | None = None,
     estimator: str = "straight_through",
     commitment_weight: float = 1.0,
     codebook_weight: float = 0.0,
+    reduction: str = "mean",
+    return_losses: bool = False,
     return_usage: bool = False,
 ) -> VectorQuantized:
     """The nearest codeword of each vector, with a gradient for the encoder and the losses of training.
@@ -165,7 +185,8 @@ def vector_quantize(
     - VQ-VAE, VQGAN with ``legacy=False``, diffusers with ``legacy=False``: ``commitment_weight=beta``,
       ``codebook_weight=1``;
     - taming-transformers and diffusers with ``legacy=True``, their default, whose beta weighs the other term:
-      ``commitment_weight=1``, ``codebook_weight=beta``.
+      ``commitment_weight=1``, ``codebook_weight=beta``;
+    - descript-audio-codec: ``metric="cosine"``, ``reduction="sample"``, ``return_losses=True``.
 
     Products, sums and losses are computed in float32 for half-precision inputs. Runs on the backends of
     :func:`vq_nearest`; the gather, the loss and the gradients are torch operations.
@@ -174,53 +195,74 @@ def vector_quantize(
         x: [*, D], or with D along ``dim``; float32, float16, bfloat16 or float64.
         codebook: [K, D], or [heads, K, D] with the heads along dimension 0 of ``x``. Of the dtype of ``x``.
         metric, dim: as of :func:`vq_nearest`.
+        indices: integers of the shape of ``x`` without ``dim``, from 0 to K - 1: the codewords to take, with
+            no search; -1 leaves a vector out, as ``mask`` does.
+        mask: bool, of the shape of ``x`` without ``dim``. Where it is False the vector is left out: its
+            ``quantized`` is 0, its index -1, and it counts in no loss and no usage.
         estimator: "straight_through" or "rotation".
         commitment_weight, codebook_weight: finite numbers >= 0.
+        reduction: what the losses are means over: all elements ("mean"), those of a sample along dimension 0
+            ("sample"; dimension 1 with heads), or those of a vector ("none").
+        return_losses: whether to return the two terms too, without their weights.
         return_usage: whether to count how often each codeword was chosen.
 
     Returns:
-        :class:`VectorQuantized`: ``quantized``, shape and dtype of ``x``; ``indices``, int64, the shape of
-        ``x`` without ``dim``; ``loss``, a float32 scalar (float64 for float64); and, with ``return_usage``,
-        ``counts``, int64 [K] or [heads, K], and ``perplexity``, float32 [] or [heads], the exponential of the
-        entropy of the counts (1 where there are none).
+        :class:`VectorQuantized`: ``quantized``, of the shape, dtype and layout of ``x``; ``indices``, int64,
+        the shape of ``x`` without ``dim``; ``loss``, float32 (float64 for float64), a scalar, [B] ([heads, B]
+        with heads), or of the shape of ``indices``, by ``reduction``; with ``return_usage``, ``counts``,
+        int64 [K] or [heads, K], and ``perplexity``, float32 [] or [heads], the exponential of the entropy of
+        the counts (1 where there are none); and with ``return_losses``, ``commitment_loss`` and
+        ``codebook_loss``, of the shape of ``loss``: one value with a gradient to ``x`` and one to the
+        codebook.
 
     Raises:
         TypeError: for a non-tensor or a dtype that is not as above.
-        ValueError: for shapes, devices, names or numbers that do not fit; the message says which.
+        ValueError: for shapes, devices, names or numbers that do not fit, and on the CPU for an index that is
+            none (on a GPU, which is not looked at, it is taken for -1); the message says which.
         RuntimeError: if a backend was forced that cannot run.
     """
-    _check(estimator, commitment_weight, codebook_weight)
-    indices = vq_nearest(x, codebook, metric, dim=dim).indices
+    check_options(
+        estimator, commitment_weight, codebook_weight, reduction,
+        return_losses=return_losses, return_usage=return_usage,
+    )  # fmt: skip
+    check_operands("vector_quantize", x, codebook, metric, dim)
     heads = codebook.dim() == 3
-    vectors, words, chosen = x.movedim(dim, -1), codebook, indices
+    check_rows(x, dim, heads, reduction, indices, mask)
+    vectors = x.movedim(dim, -1)
+    if indices is not None:
+        indices = indices.long()
     if not heads:
-        vectors, words, chosen = vectors[None], words[None], chosen[None]
-    quantized, loss = _VectorQuantize.apply(
-        vectors, words, chosen, float(commitment_weight), float(codebook_weight), estimator == "rotation"
-    )
-    quantized = (quantized if heads else quantized[0]).movedim(-1, dim)
-    if x.is_contiguous():
-        quantized = quantized.contiguous()
-    counts, perplexity = _usage(chosen, words) if return_usage else (None, None)
-    if counts is not None and perplexity is not None and not heads:
-        counts, perplexity = counts[0], perplexity[0]
-    return VectorQuantized(quantized, indices, loss, counts, perplexity)
-
-
-def _usage(indices: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """How often each codeword was chosen, [heads, K], and the perplexity, [heads]."""
-    rows = _rows(indices, codebook).flatten()
-    counts = torch.zeros(codebook.shape[0] * codebook.shape[1], dtype=torch.int64, device=rows.device)
-    counts = counts.scatter_add(0, rows, torch.ones_like(rows)).view(codebook.shape[:2])
-    share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
-    return counts, torch.special.entr(share).sum(1).exp().float()
-
-
-def _check(estimator: Any, commitment_weight: Any, codebook_weight: Any) -> None:
-    if estimator not in ESTIMATORS:
-        raise ValueError(
-            f"vector_quantize: estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}"
+        vectors, codebook = vectors[None], codebook[None]
+        indices, mask = (None if rows is None else rows[None] for rows in (indices, mask))
+    settings = METRICS[metric], REDUCTIONS[reduction], return_usage
+    weights = float(commitment_weight), float(codebook_weight)
+    try:
+        quantized, chosen, loss, counts, commitment, of_codebook = _VectorQuantize.apply(
+            vectors, codebook, indices, mask, settings, weights, estimator == "rotation", return_losses
         )
-    for name, weight in (("commitment_weight", commitment_weight), ("codebook_weight", codebook_weight)):
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
-            raise ValueError(f"vector_quantize: {name} is {weight!r}, expected a finite number >= 0")
+    except ValueError as error:
+        raise ValueError(f"vector_quantize: {error}") from None
+    perplexity = _perplexity(counts) if return_usage else None
+    if not heads:
+        quantized, chosen = quantized[0], chosen[0]
+        if reduction != "mean":
+            loss, commitment, of_codebook = (
+                None if y is None else y[0] for y in (loss, commitment, of_codebook)
+            )
+        if perplexity is not None:
+            counts, perplexity = counts[0], perplexity[0]
+    return VectorQuantized(
+        quantized.movedim(-1, dim),
+        chosen,
+        loss,
+        counts if return_usage else None,
+        perplexity,
+        commitment if return_losses else None,
+        of_codebook if return_losses else None,
+    )
+
+
+def _perplexity(counts: Tensor) -> Tensor:
+    """Of counts [heads, K]: [heads]."""
+    share = counts.double() / counts.sum(1, keepdim=True).clamp(min=1)
+    return torch.special.entr(share).sum(1).exp().float()

@@ -260,41 +260,46 @@ def vq_nearest(
     return VqNearest(indices, distances if return_distance else None)
 
 
-def _check(x: Any, codebook: Any, metric: Any, dim: Any, k: Any, return_distance: Any) -> None:
+def check_operands(op: str, x: Any, codebook: Any, metric: Any, dim: Any) -> None:
+    """What vq_nearest, and ops that search as it does, refuse."""
     for name, tensor in (("x", x), ("codebook", codebook)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"vq_nearest: {name} is {type(tensor).__name__}, expected a tensor")
+            raise TypeError(f"{op}: {name} is {type(tensor).__name__}, expected a tensor")
     if x.dtype not in FLOATS:
-        raise TypeError(f"vq_nearest: x is {x.dtype}, expected one of {FLOATS}")
+        raise TypeError(f"{op}: x is {x.dtype}, expected one of {FLOATS}")
     if codebook.dtype != x.dtype:
-        raise TypeError(f"vq_nearest: codebook is {codebook.dtype}, expected {x.dtype}, as x")
+        raise TypeError(f"{op}: codebook is {codebook.dtype}, expected {x.dtype}, as x")
     if codebook.device != x.device:
-        raise ValueError(f"vq_nearest: codebook is on {codebook.device}, expected {x.device}, as x")
+        raise ValueError(f"{op}: codebook is on {codebook.device}, expected {x.device}, as x")
     if not isinstance(metric, str) or metric not in METRICS:
-        raise ValueError(f"vq_nearest: metric is {metric!r}, expected one of {', '.join(METRICS)}")
+        raise ValueError(f"{op}: metric is {metric!r}, expected one of {', '.join(METRICS)}")
     if codebook.dim() not in (2, 3) or codebook.shape[-2] == 0 or codebook.shape[-1] == 0:
         raise ValueError(
-            f"vq_nearest: codebook has shape {tuple(codebook.shape)}, expected [K, D] or [heads, K, D], "
+            f"{op}: codebook has shape {tuple(codebook.shape)}, expected [K, D] or [heads, K, D], "
             "with K and D of at least 1"
         )
     heads = codebook.dim() - 2
     if type(dim) is not int:
-        raise TypeError(f"vq_nearest: dim is {type(dim).__name__}, expected an integer")
+        raise TypeError(f"{op}: dim is {type(dim).__name__}, expected an integer")
     if not -x.dim() <= dim < x.dim() or (heads and dim % x.dim() == 0):
         raise ValueError(
-            f"vq_nearest: dim is {dim} for x of shape {tuple(x.shape)}, expected a dimension of it"
+            f"{op}: dim is {dim} for x of shape {tuple(x.shape)}, expected a dimension of it"
             + " after that of the heads" * heads
         )
     if x.shape[dim] != codebook.shape[-1]:
         raise ValueError(
-            f"vq_nearest: x has shape {tuple(x.shape)}, expected {codebook.shape[-1]} in dimension {dim}, as "
+            f"{op}: x has shape {tuple(x.shape)}, expected {codebook.shape[-1]} in dimension {dim}, as "
             f"the codebook, {tuple(codebook.shape)}"
         )
     if heads and len(x) != len(codebook):
         raise ValueError(
-            f"vq_nearest: x has shape {tuple(x.shape)}, expected {len(codebook)} heads in dimension 0, as "
+            f"{op}: x has shape {tuple(x.shape)}, expected {len(codebook)} heads in dimension 0, as "
             f"the codebook, {tuple(codebook.shape)}"
         )
+
+
+def _check(x: Any, codebook: Any, metric: Any, dim: Any, k: Any, return_distance: Any) -> None:
+    check_operands("vq_nearest", x, codebook, metric, dim)
     most = min(LARGEST_K, codebook.shape[-2])
     if k is not None and type(k) is not int:
         raise TypeError(f"vq_nearest: k is {type(k).__name__}, expected an integer or None")

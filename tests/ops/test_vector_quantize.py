@@ -16,20 +16,32 @@ def _grid(shape, *seed):
     return (normals(shape, *seed) * 8).round() / 8
 
 
-def _case(name, **options):
-    def function(x, codebook):
-        return vector_quantize(x, codebook, **options)[:3]
+def _case(name, constants=lambda shape: [], **options):
+    def function(x, codebook, *more):
+        out = vector_quantize(x, codebook, **options, **dict(zip(("mask", "indices"), more, strict=False)))
+        return [y for y in out if y is not None]
 
     return Case(
         name, function, lambda shape: [normals(shape)],
-        lambda shape: [_grid((37, shape[-1]), "codebook")], smooth=False, elementwise=False,
-        shapes=(*(s for s in SHAPES if len(s) > 1), (0, 4), (0, 2, 3)), backends=("reference", "cpu"),
+        lambda shape: [_grid((37, shape[-1]), "codebook"), *constants(shape)], smooth=False,
+        elementwise=False, shapes=(*(s for s in SHAPES if len(s) > 1), (0, 4), (0, 2, 3)),
+        backends=("reference", "cpu"),
     )  # fmt: skip
+
+
+def _mask(shape):
+    return [normals(shape[:-1], "mask") > -0.5]
+
+
+def _mask_and_indices(shape):
+    return [*_mask(shape), (normals(shape[:-1], "indices") * 1e4).round().long().remainder(38) - 1]
 
 
 CASES = (
     _case("straight-through", codebook_weight=0.25),
     _case("rotation", estimator="rotation", commitment_weight=0.25),
+    _case("by sample", _mask, reduction="sample", return_losses=True),
+    _case("by vector, of given indices", _mask_and_indices, reduction="none", estimator="rotation"),
 )
 
 
@@ -57,6 +69,17 @@ def expected(x, codebook, indices, estimator, commitment_weight, codebook_weight
     return y, loss
 
 
+def gradients(results, leaves):
+    """Of each result, for a cotangent that depends on nothing but its place."""
+    return [
+        torch.autograd.grad(
+            y, leaves, normals(tuple(y.shape), "cotangent", i).to(y), retain_graph=True, allow_unused=True,
+            materialize_grads=True,
+        )
+        for i, y in enumerate(results)
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.25, 1.0), (1.0, 0.25), (0.0, 0.0)], ids=str)
 @pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
 def test_definition(estimator, weights):
@@ -70,14 +93,86 @@ def test_definition(estimator, weights):
     assert torch.equal(out.quantized, tensors[1][out.indices])
     torch.testing.assert_close(out.quantized, y)
     torch.testing.assert_close(out.loss, loss)
-    weight = normals((6, 5, 4), "weight").double()
-    for a, b in ((out.quantized, y), (out.loss, loss)):
-        grads = [
-            torch.autograd.grad((r * (weight if r.dim() else 3)).sum(), leaves, retain_graph=True,
-                                allow_unused=True, materialize_grads=True)
-            for r, leaves in ((a, mine), (b, theirs))
-        ]  # fmt: skip
-        torch.testing.assert_close(*grads)
+    torch.testing.assert_close(gradients(out[:3:2], mine), gradients((y, loss), theirs))
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sample", "none"])
+def test_reductions_masks_and_losses(reduction, masked, estimator):
+    tensors = [normals((6, 5, 4), "x").double(), normals((9, 4), "c").double()]
+    mine, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    mask = normals((6, 5), "mask") > 0 if masked else torch.ones(6, 5, dtype=torch.bool)
+    mask[3] = not masked  # a sample of which nothing is left
+    out = vector_quantize(
+        *mine, mask=mask if masked else None, estimator=estimator, commitment_weight=0.25,
+        codebook_weight=2.0, reduction=reduction, return_losses=True, return_usage=True,
+    )  # fmt: skip
+    x, codebook = theirs
+    q = codebook[torch.cdist(*tensors).argmin(-1)]
+    y = (straight_through if estimator == "straight_through" else rotation)(x, q.detach())
+    keep = mask[..., None]
+
+    def mean(squares):
+        if reduction == "none":
+            return torch.where(keep, squares, 0).mean(-1)
+        over = (0, 1, 2) if reduction == "mean" else (1, 2)
+        number = keep.expand_as(squares).sum(over)
+        return torch.where(keep, squares, 0).sum(over) / number.clamp(min=1)
+
+    terms = mean((q.detach() - x).square()), mean((q - x.detach()).square())
+    loss = 0.25 * terms[0] + 2 * terms[1]
+    assert torch.equal(out.indices, torch.where(mask, torch.cdist(*tensors).argmin(-1), -1))
+    assert torch.equal(out.counts, torch.bincount(out.indices[mask], minlength=9))
+    actual = out.quantized, out.loss, out.commitment_loss, out.codebook_loss
+    ours = torch.where(keep, y, 0), loss, *terms
+    assert out.loss.shape == {"mean": (), "sample": (6,), "none": (6, 5)}[reduction]
+    torch.testing.assert_close(actual, ours)
+    torch.testing.assert_close(gradients(actual, mine), gradients(ours, theirs))
+
+
+def test_given_indices():
+    x, codebook = normals((6, 5, 4), "x"), normals((9, 4), "c")
+    searched = vector_quantize(x, codebook, codebook_weight=1.0, return_usage=True)
+    given = vector_quantize(
+        x, codebook, indices=searched.indices.int(), codebook_weight=1.0, return_usage=True
+    )
+    for a, b in zip(searched[:5], given[:5], strict=True):
+        assert torch.equal(a, b)
+    others = (searched.indices + 1) % 9
+    out = vector_quantize(x, codebook, indices=others, return_losses=True)
+    assert torch.equal(out.quantized, codebook[others])
+    torch.testing.assert_close(out.loss, F.mse_loss(codebook[others], x))
+    mask = normals((6, 5), "mask") > 0
+    masked = vector_quantize(x, codebook, indices=others, mask=mask)
+    left_out = vector_quantize(x, codebook, indices=torch.where(mask, others, -1))
+    for name in ("quantized", "indices", "loss"):
+        assert torch.equal(getattr(masked, name), getattr(left_out, name)), name
+
+
+def test_losses_of_a_learnable_codebook():
+    """One mean square with a gradient to both, as vector-quantize-pytorch's learnable codebooks have it."""
+    tensors = [normals((6, 4), "x"), normals((9, 4), "c")]
+    mine, theirs = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    out = vector_quantize(*mine, return_losses=True)
+    loss = out.commitment_loss + out.codebook_loss - out.codebook_loss.detach()
+    other = F.mse_loss(theirs[1][out.indices], theirs[0])
+    torch.testing.assert_close(loss, other)
+    torch.testing.assert_close(gradients([loss], mine), gradients([other], theirs))
+
+
+def test_nan_in_what_is_left_out():
+    x, mask = normals((5, 4), "x"), torch.tensor([True, False, True, False, True])
+    codebook = normals((9, 4), "c").requires_grad_()
+    bad = x.masked_fill(~mask[:, None], torch.nan).requires_grad_()
+    out = vector_quantize(bad, codebook, mask=mask, codebook_weight=1.0, estimator="rotation")
+    kept = vector_quantize(x[mask], codebook, codebook_weight=1.0)
+    assert torch.equal(out.quantized[mask], kept.quantized)
+    assert (out.quantized[~mask] == 0).all()
+    torch.testing.assert_close(out.loss, kept.loss)
+    grads = torch.autograd.grad(out.loss + out.quantized.sum(), (bad, codebook))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[0][~mask] == 0).all()
 
 
 @pytest.mark.parametrize("dim", [1, -1])
@@ -173,8 +268,38 @@ BAD = {
     ),
     "commitment": (r"commitment_weight is -1, expected a finite number >= 0", {"commitment_weight": -1}),
     "codebook": (r"codebook_weight is nan, expected a finite number", {"codebook_weight": math.nan}),
+    "reduction": (r"reduction is 'sum', expected one of mean, sample, none", {"reduction": "sum"}),
+    "metric": (r"metric is 'l1', expected one of", {"metric": "l1"}),
+    "dim": (r"x has shape \(2, 3\), expected 3 in dimension 0", {"dim": 0}),
+    "mask": (r"mask has shape \(3,\), expected \(2,\)", {"mask": torch.ones(3) > 0}),
+    "indices": (r"indices has shape \(2, 3\), expected \(2,\)", {"indices": X.long()}),
+    "device": (r"indices is on meta, expected cpu, as x", {"indices": torch.zeros(2).long().to("meta")}),
+    "index above": (r"indices contains 5, expected -1 to 4", {"indices": torch.tensor([0, 5])}),
+    "index below": (r"indices contains -2, expected -1 to 4", {"indices": torch.tensor([-2, 0])}),
     "no number": (r"codebook_weight is None, expected a finite number", {"codebook_weight": None}),
 }
+
+
+TYPES = {
+    "x": (r"x is list, expected a tensor", ([1.0], C), {}),
+    "codebook dtype": (r"codebook is torch.float16, expected torch.float32, as x", (X, C.half()), {}),
+    "flag": (r"return_losses is int, expected a bool", (X, C), {"return_losses": 1}),
+    "mask": (r"mask is torch.int64, expected torch.bool", (X, C), {"mask": torch.zeros(2).long()}),
+    "indices": (r"indices is torch.float32, expected one of", (X, C), {"indices": torch.zeros(2)}),
+    "indices list": (r"indices is list, expected a tensor", (X, C), {"indices": [0, 1]}),
+}
+
+
+def test_one_vector_has_no_samples():
+    with pytest.raises(ValueError, match=r"x has shape \(3,\), expected a dimension of samples"):
+        vector_quantize(X[0], C, reduction="sample")
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_bad_types(name):
+    message, args, options = TYPES[name]
+    with pytest.raises(TypeError, match=f"vector_quantize: {message}"):
+        vector_quantize(*args, **options)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -123,18 +123,24 @@ class Contender:
 
 
 def race(contenders: list[Contender], clock: CpuClock | CudaClock, effort: Effort) -> None:
-    """Fills each contender's samples, round robin, so that all meet the same state of the machine."""
+    """Fills each contender's samples, round robin, so that all meet the same state of the machine.
+
+    A sample lasts at least a tenth of the longest one, so that it is not about the caches as another
+    contender left them.
+    """
     with quiet():
+        single = []
         for contender in contenders:
             with contender.context():
                 once = clock.measure(contender.prepare, contender.run, 1)[0][0]
                 if once < effort.budget_s / 5:
                     clock.measure(contender.prepare, contender.run, 2)
                     once = min(clock.measure(contender.prepare, contender.run, 1)[0] for _ in range(2))[0]
-            if isinstance(clock, CudaClock):
-                contender.calls = clock.calls
-            else:
-                contender.calls = max(1, min(10_000, math.ceil(effort.sample_s / max(once, 1e-7))))
+            single.append(max(once, 1e-7))
+        least = max(effort.sample_s, max(single, default=0.0) / 10)
+        for contender, once in zip(contenders, single, strict=True):
+            on_gpu = isinstance(clock, CudaClock)
+            contender.calls = clock.calls if on_gpu else min(10_000, math.ceil(least / once))
         started = time.perf_counter()
         for done in range(effort.max_rounds):
             spent = time.perf_counter() - started

@@ -19,7 +19,8 @@ struct Context {
   int64_t batch, first, images;      // all images, and those of this thread
   const float** pointers = nullptr;  // scratch memory
   Piece* pieces = nullptr;
-  bool* needed = nullptr;  // by tap
+  bool* needed = nullptr;     // by tap
+  Factor* factors = nullptr;  // of one output cell
   float* scores = nullptr;
   float* head = nullptr;
   const float* next_weight = nullptr;  // of the convolution that comes after this segment

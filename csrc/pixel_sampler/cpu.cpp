@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 
 #include "../common/isa.h"
@@ -57,6 +58,31 @@ const int32_t* Plan::ring(int64_t size, int64_t factor) {
   return rings_[found - ring_keys_.begin()].data() - low_;
 }
 
+// Product::by_product.
+const float* Plan::by_product(const Conv& conv, const Operand& source, const Product& p) {
+  if (source.is_const || conv.channels % kPanel != 0) return nullptr;
+  int64_t rectified = 0;
+  for (const Instruction& i : instructions_) {
+    if (i.kind != Kind::kPointwise || i.pointwise.op != Op::kRelu || i.pointwise.out != source.index)
+      continue;
+    const int64_t begin = std::max(source.channel, i.pointwise.out_channel);
+    const int64_t end =
+        std::min(source.channel + conv.channels_in, i.pointwise.out_channel + i.pointwise.channels);
+    rectified += std::max<int64_t>(0, end - begin);
+  }
+  const int64_t width = p.panels * kPanel, size = p.depth * width;
+  if (rectified < conv.channels_in ||
+      !std::all_of(p.weight, p.weight + size, [](float x) { return std::isfinite(x); }))
+    return nullptr;
+  std::vector<float> weight(size);
+  for (int64_t panel = 0; panel < p.panels; ++panel)
+    for (int64_t k = 0; k < p.depth; ++k)
+      std::copy_n(p.weight + (panel * p.depth + k) * kPanel, kPanel,
+                  weight.data() + k * width + panel * kPanel);
+  by_product_.push_back(std::move(weight));
+  return by_product_.back().data();
+}
+
 Plan::Plan(const Tables& t)
     : head(*t.head),
       instructions_(t.instructions, t.instructions + t.instruction_count),
@@ -106,7 +132,7 @@ Plan::Plan(const Tables& t)
     targets_.push_back({ring(b.ring_rows, b.ring_cols), ring(b.ring_cols, 1), b.offset, b.channels});
   }
 
-  int64_t channels = 1, pieces = 0, pointers = taps * kRows;
+  int64_t channels = 1, pieces = 0, pointers = taps * kRows, factors = 0;
   std::vector<int64_t> first_piece;
   scratch_scores = 0;
   for (const Instruction& i : instructions_) {
@@ -118,6 +144,8 @@ Plan::Plan(const Tables& t)
       p.panels = static_cast<int32_t>((i.conv.channels + kPanel - 1) / kPanel);
       p.depth = (i.conv.tap_end - i.conv.tap_begin) * i.conv.channels_in;
       p.weight = t.weights[i.conv.weight];
+      p.by_product = by_product(i.conv, t.operands[i.conv.source], p);
+      if (p.by_product) factors = std::max(factors, p.depth + 2 * kAtOnce);
       channels = std::max({channels, i.conv.channels, i.conv.channels_in});
       pieces = std::max<int64_t>(pieces, p.piece_count);
     } else if (i.kind == Kind::kPointwise) {
@@ -150,8 +178,10 @@ Plan::Plan(const Tables& t)
       padded(pointers * static_cast<int64_t>(sizeof(const float*)) / static_cast<int64_t>(sizeof(float)));
   scratch_pieces = padded(pieces * static_cast<int64_t>(sizeof(Piece) / sizeof(float)));
   scratch_needed = padded(taps);
+  scratch_factors = padded(factors * static_cast<int64_t>(sizeof(Factor) / sizeof(float)));
   scratch_head = padded(head_scratch(head));
-  scratch = scratch_pointers + scratch_pieces + scratch_needed + scratch_scores + scratch_head;
+  scratch =
+      scratch_pointers + scratch_pieces + scratch_needed + scratch_factors + scratch_scores + scratch_head;
 }
 
 void pixel_sampler_cpu(const RunArgs& args) {

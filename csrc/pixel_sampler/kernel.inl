@@ -268,7 +268,8 @@ void pixel_sampler_member(const MemberArgs& member) {
   c.pointers = reinterpret_cast<const float**>(scratch);
   c.pieces = reinterpret_cast<Piece*>(scratch += plan.scratch_pointers);
   c.needed = reinterpret_cast<bool*>(scratch += plan.scratch_pieces);
-  c.scores = scratch += plan.scratch_needed;
+  c.factors = reinterpret_cast<Factor*>(scratch += plan.scratch_needed);
+  c.scores = scratch += plan.scratch_factors;
   c.head = scratch += plan.scratch_scores;
   c.next_weight = plan.zeros;
   if (member.team && member.member > 0) return serve(c, *member.team);

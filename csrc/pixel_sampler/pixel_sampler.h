@@ -15,6 +15,7 @@ namespace genperf::pixel {
 
 inline constexpr int kAlignment = 64;  // of the workspace, of weights and of scratch memory, in bytes
 inline constexpr int kRows = 96;       // rows of a matrix product that are worked on together
+inline constexpr int kAtOnce = 4;      // products that are added to a sum between its load and its store
 
 // An operand with all that its address depends on. `row` and `col` map a coordinate to its place in the
 // ring, `row` times the ring's columns.
@@ -41,12 +42,21 @@ struct Piece {
   int64_t k;
 };
 
+// A number that is not 0, and which product of an output value it is in.
+struct Factor {
+  int32_t k;
+  float x;
+};
+
 // A convolution with its products in order.
 struct Product {
   const Piece* pieces;
   int32_t piece_count, panels;
   int64_t depth;  // products of an output value
   const float* weight;
+  // [depth, panels * kPanel] where the source is what a ReLU writes and all are finite, so that zeros need no
+  // products; else null.
+  const float* by_product;
 };
 
 // What Python hands over, and keeps alive.
@@ -88,19 +98,22 @@ class Plan {
   // Scratch memory of a thread, in floats: each part begins at a multiple of 16.
   int64_t scratch_pointers;  // to the rows that taps read
   int64_t scratch_pieces;
-  int64_t scratch_needed;  // which taps are
-  int64_t scratch_scores;  // of attention
+  int64_t scratch_needed;   // which taps are
+  int64_t scratch_factors;  // those of a convolution that are not 0
+  int64_t scratch_scores;   // of attention
   int64_t scratch_head;
   int64_t scratch;  // all of it
 
  private:
   const int32_t* ring(int64_t size, int64_t factor);
+  const float* by_product(const Conv& conv, const Operand& source, const Product& p);
 
   std::vector<Source> sources_;
   std::vector<Target> targets_;
   std::vector<Instruction> instructions_;
   std::vector<Product> products_;
   std::vector<Piece> pieces_;
+  std::vector<std::vector<float>> by_product_;
   std::vector<Tap> taps_;
   std::vector<const void*> tensors_;
   std::vector<int64_t> tensor_sizes_;

@@ -7,7 +7,7 @@
 
 #include <utility>
 
-#include "context.h"
+#include "sparse.h"
 
 namespace genperf::pixel {
 inline namespace GENPERF_ISA {
@@ -328,6 +328,13 @@ inline bool convolve_one(const Context& c, const Conv& conv, const Product& prod
   const int64_t panel_size = product.depth * kPanel;
   const float* from = conv.init < 0 ? c.plan.zeros : read(c, c.plan.sources[conv.init], s.row, s.col).p;
   float* to = write(c, c.plan.targets[conv.out], s.row, s.col) + conv.out_channel;
+  if (is_sparse(c, product, static_cast<int>(tap_count), conv)) {
+    convolve_sparse(c, product, conv.channels, from, to);
+    for (int i = 0; i < kDistance; ++i)
+#pragma GCC unroll 8
+      for (int p = 0; p < kWide; ++p) __builtin_prefetch(c.next_weight + i * kPanel + p * c.next_panel_size);
+    return true;
+  }
   constexpr int64_t kFloat = sizeof(float);
   Rows rows{c.pointers, &from, &to, 0};
   const float* weight = product.weight;

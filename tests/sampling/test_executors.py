@@ -284,6 +284,46 @@ def test_sums_are_chains_of_a_block(channels, channels_in):
 
 
 @NATIVE
+@pytest.mark.parametrize("weight", [None, float("inf")])
+@pytest.mark.parametrize("zeros", [0.0, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("channels", [64, 256, 1088])
+def test_zeros_from_a_relu_change_no_bit(channels, zeros, weight, isa):
+    """One image's products with zeros are left out, several images' are not."""
+    channels_in = 200
+    program = one_operation(Op.COPY, channels)
+    generator = torch.Generator().manual_seed(channels)
+    source = torch.rand(channels_in, generator=generator) + 0.1
+    source[torch.randperm(channels_in, generator=generator)[: int(zeros * channels_in)]] *= -1
+    init = torch.randn(channels, generator=generator)
+    weights = torch.randn(1, channels_in, channels, generator=generator)
+    if weight is not None:
+        weights[0, 7, 3] = weight
+    program.buffers.append(Buffer(channels, 1, 1, channels_in))
+    program.workspace += channels_in
+    program.tensors = [source, init]
+    program.consts = [Const(0, 0, 0, 0, 1), Const(1, 0, 0, 0, 1)]
+    program.operands.append(replace(program.operands[0], is_const=False, index=1))
+    program.taps = [(0, 0)]
+    program.weights = [weights]
+    program.instructions = [
+        Pointwise(1, 0, channels_in, Op.RELU, 0, -1),
+        Conv(0, 0, channels, len(program.operands) - 1, channels_in, 0, 1, 1, 1, 0, 1),
+    ]
+    program.segments = torch.tensor([[0, 0, 0, 1], [1, 0, 0, 1]], dtype=torch.int32)
+    program.slot_begin = torch.tensor([0, 2])
+    executor = CPUExecutor(program)
+    drawn = []
+    for batch in (1, 2):
+        state = start(executor, batch)
+        executor.run(state, 0, 1, None)
+        drawn.append(executor.params(state, 0))
+    rectified = source.clamp(min=0).double()
+    exact = init.double() + rectified @ weights[0].double()
+    torch.testing.assert_close(drawn[0][0].double(), exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert torch.equal(drawn[0][0].view(torch.int32), drawn[1][0].view(torch.int32))
+
+
+@NATIVE
 @pytest.mark.parametrize("with_init", [False, True])
 @pytest.mark.parametrize("channels", [1, 7, 16, 64, 100, 300])
 def test_embeddings_add_rows_in_order(channels, with_init, isa):

@@ -1,11 +1,16 @@
 // A codebook made ready for the products: centred, scaled, and packed by panels of kWidth codewords.
+//
+// In the products a codeword is C = scale c - centre, with c / |c| in place of c for the cosine. Any centre
+// and any power of two would do; these come from a few codewords, as looking at all of them would cost much
+// where vectors are few, and are medians, as one codeword far from the others must not spoil them.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 
 #include "../common/scratch.h"
 #include "plan.h"
 #include "rows.h"
+#include "vectors.h"
 
 namespace genperf {
 namespace GENPERF_ISA {
@@ -19,155 +24,283 @@ inline constexpr int kTile = 6, kWide = 1;
 inline constexpr int kTile = 2, kWide = 1;
 #endif
 inline constexpr int kWidth = kWide * kLanes;  // codewords of a panel
+inline constexpr int64_t kHeader = 2;          // rows of a panel before those of the dimensions
+inline constexpr double kRoundoff = 0x1p-24;
 
-// 2^exponent, as far as a normal float32 goes.
-inline float power_of_two(int exponent) {
-  return bits_float(static_cast<uint32_t>((exponent < -126  ? -126
-                                           : exponent > 126 ? 126
-                                                            : exponent) +
-                                          127)
-                    << 23);
-}
-
-struct Codebook {
+class Codebook {
+ public:
   const Rows rows;
-  const int64_t codewords, dim;
+  const int64_t codewords, dim, k;
   const Metric metric;
   Scratch<uint8_t> usable;  // finite, and not left out
-  int64_t n_usable = 0;
-  Scratch<int64_t> first;  // the first k of the usable ones followed by the others
-  // In the products a codeword is (c - mean) scale, with c / |c| in place of c for the cosine.
-  Scratch<float> mean;
-  float scale = 1.0f;    // a power of two
-  double longest = 0.0;  // norm of a vector in the products
+  int64_t n_usable = -1;    // unknown
+  Scratch<int64_t> first;   // the first k of the usable ones followed by the others
+  Scratch<float> centre;
+  float scale = 1.0f;
+  double longest = 0.0;          // norm of a codeword in the products
+  bool by_word = false;          // norms are so far apart that each codeword gets an error bound of its own
+  Scratch<float> half;           // half of the squared norms in the products
+  Scratch<float> panel_longest;  // of each panel that was packed
 
   explicit Codebook(const VqSearch& a)
       : rows(a.codebook),
         codewords(a.codewords),
         dim(a.dim),
+        k(a.k),
         metric(a.metric),
         usable(codewords),
-        first(a.k),
-        mean(dim, 0.0f) {
-    each([&](int64_t i, const float* c) { usable[i] = is_finite(c, dim); });
-    for (int64_t i = 0; i < codewords; ++i) n_usable += usable[i];
-    int64_t found = 0;
-    for (int pass = 1; pass >= 0; --pass)
-      for (int64_t i = 0; i < codewords && found < a.k; ++i)
-        if (usable[i] == pass) first[found++] = i;
+        first(k),
+        centre(dim, 0.0f),
+        half(codewords),
+        panel_longest((codewords + kWidth - 1) / kWidth) {}
+
+  // Which codewords are finite; enough for a search without the products.
+  void find_usable() {
+    if (n_usable >= 0) return;
+    Scratch<float> buffer(dim);
+    n_usable = 0;
+    for (int64_t i = 0; i < codewords; ++i) n_usable += usable[i] = is_finite(rows.row(i, buffer.get()), dim);
+    find_first();
   }
 
+  // Centre, scale and norms. Where only the nearest is wanted, of equal codewords the first will do, and the
+  // others are left out.
   void prepare() {
-    Scratch<double> sum(dim, 0.0);
-    each([&](int64_t i, const float* c) {
-      if (!usable[i]) return;
-      const double factor = unit(c);
-      for (int64_t d = 0; d < dim; ++d) sum[d] += c[d] * factor;
-    });
-    for (int64_t d = 0; d < dim && n_usable > 0; ++d) mean[d] = static_cast<float>(sum[d] / n_usable);
-    Scratch<double> most(dim, 0.0), p(dim);
-    double longest_square = 0.0, largest = 0.0;
-    each([&](int64_t i, const float* c) {
-      if (!usable[i]) return;
-      const double factor = unit(c);
-      for (int64_t d = 0; d < dim; ++d) {
-        p[d] = c[d] * factor - mean[d];
-        most[d] = std::fabs(p[d]) > most[d] ? std::fabs(p[d]) : most[d];
+    if (choose_frame()) {
+      if (!measure()) {
+        shrink();
+        measure();
       }
-      const double square = sum_squares(p.get());
-      longest_square = square > longest_square ? square : longest_square;
-    });
-    int exponent = 0;
-    for (int64_t d = 0; d < dim; ++d) largest = most[d] > largest ? most[d] : largest;
-    std::frexp(largest, &exponent);
-    scale = power_of_two(-exponent);
-    longest = std::sqrt(longest_square) * scale;
+    } else {
+      n_usable = 0;
+      for (int64_t i = 0; i < codewords; ++i) usable[i] = 0;
+    }
+    find_first();
   }
 
-  // Where only the nearest is wanted, of equal codewords the first will do.
-  void leave_out_duplicates() {
-    int64_t slots = 16;
-    while (slots < 2 * codewords) slots *= 2;
-    Scratch<int64_t> table(slots, -1);
-    Scratch<float> theirs(dim);
-    each([&](int64_t i, const float* c) {
-      if (!usable[i]) return;
-      int64_t slot = static_cast<int64_t>(hash(c)) & (slots - 1);
-      while (table[slot] >= 0 && !equal(c, rows.row(table[slot], theirs.get())))
-        slot = (slot + 1) & (slots - 1);
-      usable[i] = table[slot] < 0;
-      if (usable[i]) table[slot] = i;
-    });
-  }
+  // Panels of codewords: kWidth first terms of the sums, kWidth upper bounds of the norms, and kWidth floats
+  // for each dimension. The first term is -|C|^2 / 2 for the distance, raised by its share of the error bound
+  // where `by_word`; 0 for products; and -inf for what is not to be found.
+  int64_t panel_floats() const { return (dim + kHeader) * kWidth; }
 
-  // The panel of codewords from `begin`: kWidth first terms of the sums, and kWidth floats for each
-  // dimension. The first term is -|p|^2 / 2 for the distance, 0 for products, and -inf for what is not to be
-  // found.
-  void pack(int64_t begin, float* to) const {
-    Scratch<float> buffer(dim, 0.0f);
-    Scratch<double> p(dim);
+  // The panel from codeword `begin`, with `buffer` of kWidth * pitch() floats.
+  void pack(int64_t begin, float* to, float* buffer) {
+    float most = 0.0f;
+    const float bound = by_word ? static_cast<float>(half_error()) : 0.0f;
     for (int lane = 0; lane < kWidth; ++lane) {
       const int64_t i = begin + lane;
       const bool present = i < codewords && usable[i];
-      const float* c = present ? rows.row(i, buffer.get()) : buffer.get();
-      const double factor = unit(c);
-      for (int64_t d = 0; d < dim; ++d) p[d] = present ? (c[d] * factor - mean[d]) * scale : 0.0;
-      to[lane] = !present                ? -kInfinity
-                 : metric == Metric::kL2 ? -0.5f * static_cast<float>(sum_squares(p.get()))
-                                         : 0.0f;
-      float* column = to + kWidth + lane;
-      for (int64_t d = 0; d < dim; ++d) column[d * kWidth] = static_cast<float>(p[d]);
+      float* const word = buffer + lane * pitch();
+      if (present)
+        read_word(i, word);
+      else
+        std::memset(word, 0, dim * sizeof(float));
+      to[lane] = !present ? -kInfinity : metric == Metric::kL2 ? half[i] * bound - half[i] : 0.0f;
+      to[kWidth + lane] = present ? upper_length(half[i]) : 0.0f;
+      most = std::max(most, to[kWidth + lane]);
     }
+    panel_longest[begin / kWidth] = most;
+    transpose(buffer, to + kHeader * kWidth);
   }
+
+  int64_t pitch() const { return (dim + kLanes - 1) / kLanes * kLanes; }
+
+  // Relative bounds of the errors of a sum of products of a codeword with a vector, and of `half` in it.
+  double product_error() const {
+    return 1.01 * kRoundoff * (std::min<double>(dim, kDepth) + dim / kDepth + 12.0);
+  }
+  double half_error() const { return product_error() + 1.01 * kRoundoff * (dim / kLanes + 8.0); }
+
+  static constexpr int64_t kDepth = 256;  // products in one chain, and of a panel in the first-level cache
 
  private:
-  template <class Function>
-  void each(Function f) const {
-    Scratch<float> buffer(dim);
-    for (int64_t i = 0; i < codewords; ++i) f(i, rows.row(i, buffer.get()));
+  static constexpr int kSamples = 9;
+
+  // What a codeword is multiplied by.
+  double unit(const float* c) const {
+    Vd sum = splat<Vd>(0.0);
+    int64_t d = 0;
+    for (; d + 8 <= dim; d += 8) sum = sum + load_doubles(c + d) * load_doubles(c + d);
+    double square = sum_of(sum);
+    for (; d < dim; ++d) square += static_cast<double>(c[d]) * c[d];
+    return square == 0.0 ? 0.0 : 1.0 / std::sqrt(square);
   }
 
-  // In eight sums side by side, as are the hashes, which keeps a vector unit busy.
-  template <class T>
-  double sum_squares(const T* p) const {
-    double sum[8] = {};
-    int64_t d = 0;
-    for (; d + 8 <= dim; d += 8)
-      for (int j = 0; j < 8; ++j) sum[j] += static_cast<double>(p[d + j]) * p[d + j];
-    for (; d < dim; ++d) sum[0] += static_cast<double>(p[d]) * p[d];
-    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-  }
-
-  // The same for 0 and -0.
-  uint64_t hash(const float* c) const {
-    uint32_t part[8] = {};
-    const auto mix = [&](int j, float x) { part[j] = (part[j] ^ float_bits(x + 0.0f)) * 0x9E3779B1u; };
-    int64_t d = 0;
-    for (; d + 8 <= dim; d += 8)
-      for (int j = 0; j < 8; ++j) {
-        mix(j, c[d + j]);
-        part[j] ^= part[j] >> 15;
-      }
-    for (; d < dim; ++d) mix(static_cast<int>(d & 7), c[d]);
-    uint64_t all = 0;
-    for (uint32_t p : part) {
-      all = (all ^ p) * 0x9E3779B97F4A7C15u;
-      all ^= all >> 32;
+  // Codeword i as it is in the products; to `to`, which holds its raw values in between.
+  void read_word(int64_t i, float* to) const {
+    const float* c = rows.row(i, to);
+    const float* m = centre.get();
+    if (metric == Metric::kCosine) {
+      const double factor = unit(c);
+      for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<float>(c[d] * factor - m[d]);
+    } else {
+      for (int64_t d = 0; d < dim; ++d) to[d] = c[d] * scale - m[d];
     }
-    return all;
   }
 
-  bool equal(const float* a, const float* b) const {
+  // Sets centre and scale; false where no codeword is finite.
+  bool choose_frame() {
+    Scratch<float> sample(kSamples * pitch(), 0.0f);
+    int n = 0;
+    for (int j = 0; j < kSamples; ++j) {
+      float* const to = sample.get() + n * pitch();
+      for (int64_t i = j * codewords / kSamples; i < (j + 1) * codewords / kSamples; ++i) {
+        const float* c = rows.row(i, to);
+        if (!is_finite(c, dim)) continue;
+        read_word(i, to);
+        ++n;
+        break;
+      }
+    }
+    if (n == 0) return false;
+    Scratch<float> sorted(kSamples * pitch());
+    std::memcpy(sorted.get(), sample.get(), n * pitch() * sizeof(float));
+    for (int pass = 0; pass < n; ++pass)
+      for (int j = pass & 1; j + 1 < n; j += 2) {
+        float *a = sorted.get() + j * pitch(), *b = a + pitch();
+        for (int64_t d = 0; d < dim; ++d) {
+          const float low = a[d] < b[d] ? a[d] : b[d], high = a[d] < b[d] ? b[d] : a[d];
+          a[d] = low, b[d] = high;
+        }
+      }
+    const float* middle = sorted.get() + n / 2 * pitch();
+    double size[kSamples] = {}, largest = 0.0;
+    for (int j = 0; j < n; ++j)
+      for (int64_t d = 0; d < dim; ++d) {
+        size[j] = std::max(size[j], std::fabs(static_cast<double>(sample[j * pitch() + d]) - middle[d]));
+        largest = std::max(largest, std::fabs(static_cast<double>(middle[d])));
+      }
+    if (metric != Metric::kCosine) {
+      // Sorted by hand: a template of the library would be shared by the builds for all instruction sets.
+      for (int i = 1; i < n; ++i)
+        for (int j = i; j > 0 && size[j] < size[j - 1]; --j) std::swap(size[j], size[j - 1]);
+      double typical = size[n / 2];
+      if (typical == 0.0) typical = largest_element(middle);
+      // The centre may be far from 0, but not beyond float32.
+      scale = std::min(power_of_two(-exponent_of(typical)), power_of_two(60 - exponent_of(largest)));
+    }
+    for (int64_t d = 0; d < dim; ++d) centre[d] = middle[d] * scale;
+    return true;
+  }
+
+  static int exponent_of(double x) {
+    int exponent = 0;
+    std::frexp(x, &exponent);
+    return exponent;
+  }
+
+  // Of c - middle, or of c itself.
+  double largest_element(const float* middle) const {
+    Scratch<float> buffer(dim);
+    double largest = 0.0;
+    for (int64_t i = 0; i < codewords; ++i) {
+      const float* c = rows.row(i, buffer.get());
+      if (!is_finite(c, dim)) continue;
+      for (int64_t d = 0; d < dim; ++d)
+        largest = std::max(largest, std::fabs(static_cast<double>(c[d]) - (middle ? middle[d] : 0.0)));
+    }
+    return largest;
+  }
+
+  // Norms, and which codewords are usable; false where one is too long.
+  bool measure() {
+    constexpr float kLongest = 0x1p100f;
+    Scratch<float> word(pitch(), 0.0f), weights(pitch(), 0.0f);
+    Scratch<int64_t> table(k == 1 ? slots() : 0, -1);
+    uint32_t state = 1;
+    for (int64_t d = 0; d < dim; ++d) {
+      state = state * 1664525u + 1013904223u;
+      weights[d] = 0.5f + static_cast<float>(state >> 8) * 0x1p-24f;
+    }
+    n_usable = 0;
+    double sum = 0.0, most = 0.0;
+    for (int64_t i = 0; i < codewords; ++i) {
+      read_word(i, word.get());
+      Vf square = splat<Vf>(0.0f), mark = square;
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        const Vf v = load(word.get() + d);
+        square = multiply_add(v, v, square);
+        mark = multiply_add(v, load(weights.get() + d), mark);
+      }
+      half[i] = 0.5f * sum_of(square);
+      usable[i] = half[i] < kLongest || is_finite(rows.row(i, word.get()), dim);
+      if (!usable[i]) continue;
+      if (!(half[i] < kLongest)) return false;
+      if (k == 1) usable[i] = is_new(i, table, float_bits(half[i]), float_bits(sum_of(mark)));
+      if (!usable[i]) continue;
+      ++n_usable;
+      sum += std::sqrt(half[i]);
+      most = std::max(most, std::sqrt(static_cast<double>(half[i])));
+    }
+    longest = std::sqrt(2.0) * most * length_slack();
+    by_word = most * static_cast<double>(n_usable) > 4.0 * sum;
+    return true;
+  }
+
+  // A scale with which no codeword is too long.
+  void shrink() {
+    const float before = scale;
+    const int root = exponent_of(static_cast<double>(dim)) / 2;
+    scale = power_of_two(46 - root - exponent_of(largest_element(nullptr)));
+    for (int64_t d = 0; d < dim; ++d) centre[d] = static_cast<float>(centre[d] / before * scale);
+  }
+
+  double length_slack() const { return 1.001 + static_cast<double>(dim) * 0x1p-26; }
+  float upper_length(float half_square) const {
+    return static_cast<float>(std::sqrt(2.0 * static_cast<double>(half_square)) * length_slack());
+  }
+
+  int64_t slots() const {
+    int64_t n = 16;
+    while (n < 2 * codewords) n *= 2;
+    return n;
+  }
+
+  // Whether no earlier codeword equals codeword i. Equal ones have the same two sums.
+  bool is_new(int64_t i, const Scratch<int64_t>& table, uint32_t a, uint32_t b) const {
+    const uint64_t mixed = (static_cast<uint64_t>(a) << 32 | b) * 0x9E3779B97F4A7C15u;
+    const int64_t mask = table.size() - 1;
+    int64_t slot = static_cast<int64_t>(mixed >> 32) & mask;
+    for (; table[slot] >= 0; slot = (slot + 1) & mask)
+      if (float_bits(half[table[slot]]) == a && equal(table[slot], i)) return false;
+    table[slot] = i;
+    return true;
+  }
+
+  bool equal(int64_t i, int64_t j) const {
+    Scratch<float> buffer(2 * dim);
+    const float *a = rows.row(i, buffer.get()), *b = rows.row(j, buffer.get() + dim);
     for (int64_t d = 0; d < dim; ++d)
       if (a[d] != b[d]) return false;
     return true;
   }
 
-  // What the codeword is multiplied by.
-  double unit(const float* c) const {
-    if (metric != Metric::kCosine) return 1.0;
-    const double square = sum_squares(c);
-    return square == 0.0 ? 0.0 : 1.0 / std::sqrt(square);
+  void find_first() {
+    int64_t found = 0;
+    for (int pass = 1; pass >= 0; --pass)
+      for (int64_t i = 0; i < codewords && found < k; ++i)
+        if (usable[i] == pass) first[found++] = i;
+  }
+
+  // kWidth rows `pitch` apart, to columns.
+  void transpose(const float* from, float* to) const {
+    const int64_t step = pitch();
+    int64_t d = 0;
+    for (; d + 4 <= dim; d += 4)
+      for (int lane = 0; lane < kWidth; lane += kNative) {
+        const float* corner = from + lane * step + d;
+        const Nf a = load_fours(corner, step), b = load_fours(corner + step, step),
+                 c = load_fours(corner + 2 * step, step), e = load_fours(corner + 3 * step, step);
+        const Nf low = unpack_low(a, b), high = unpack_high(a, b), low_2 = unpack_low(c, e),
+                 high_2 = unpack_high(c, e);
+        float* column = to + d * kWidth + lane;
+        store_native(column, unpack_low_pairs(low, low_2));
+        store_native(column + kWidth, unpack_high_pairs(low, low_2));
+        store_native(column + 2 * kWidth, unpack_low_pairs(high, high_2));
+        store_native(column + 3 * kWidth, unpack_high_pairs(high, high_2));
+      }
+    for (; d < dim; ++d)
+      for (int lane = 0; lane < kWidth; ++lane) to[d * kWidth + lane] = from[lane * step + d];
   }
 };
 

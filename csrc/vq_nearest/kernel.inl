@@ -3,15 +3,16 @@
 #include <vector>
 
 #include "batch.h"
+#include "few.h"
 
 namespace genperf {
 namespace GENPERF_ISA {
 
 namespace {
 
-constexpr int64_t kTileFloats = 1 << 15;   // of the vectors of a block
 constexpr int64_t kChunkFloats = 1 << 21;  // of the packed codewords that are held at a time
-constexpr int64_t kHeldBlocks = 48;        // blocks of vectors that wait for the next chunk of the codebook
+constexpr int64_t kWaiting = 48;           // blocks of vectors that wait for the next chunk of the codebook
+
 }  // namespace
 
 void vq_search(const VqSearch& a) {
@@ -19,18 +20,17 @@ void vq_search(const VqSearch& a) {
   const Rows x(a.x);
   Subnormals subnormals;
   Codebook book(a);
-  if (a.n <= kFewVectors || book.n_usable == 0) {
-    Ranking(a, book).among_all_of(x);
+  if (a.n <= Few::kMost) {
+    Ranking ranking(a, book);
+    Few(a, book).search(x, ranking);
     return;
   }
-  if (a.k == 1) book.leave_out_duplicates();
   book.prepare();
-  const int64_t panels = (a.codewords + kWidth - 1) / kWidth, panel_floats = (a.dim + 1) * kWidth;
-  const int64_t chunk = std::clamp<int64_t>(kChunkFloats / panel_floats, 1, panels);
-  const int rows =
-      static_cast<int>(std::clamp<int64_t>(kTileFloats / a.dim / kTile * kTile, 4 * kTile, kRows));
-  const int64_t blocks = (a.n + rows - 1) / rows,
-                held = chunk < panels ? std::min(blocks, kHeldBlocks) : blocks;
+  const int64_t panels = (a.codewords + kWidth - 1) / kWidth, panel_floats = book.panel_floats();
+  const int64_t rows = Batch(a, book).rows(), blocks = (a.n + rows - 1) / rows;
+  int64_t chunk = std::clamp<int64_t>(kChunkFloats / panel_floats, 1, panels);
+  if (chunk < panels && chunk > kHeld) chunk = chunk / kHeld * kHeld;
+  const int64_t held = chunk < panels ? std::min(blocks, kWaiting) : blocks;
   std::vector<std::unique_ptr<Batch>> waiting(chunk < panels ? held : 0);
   Scratch<float> packed(chunk * panel_floats);
   [[maybe_unused]] const bool large = static_cast<double>(a.n) * a.codewords * a.dim > 1e6;
@@ -38,20 +38,22 @@ void vq_search(const VqSearch& a) {
   {
     Subnormals mine;
     Ranking ranking(a, book);
+    Scratch<float> maxima(Batch::maxima_floats()), words(kWidth * book.pitch(), 0.0f);
     std::unique_ptr<Batch> own;
     for (int64_t from = 0; from < blocks; from += held) {
       for (int64_t p = 0; p < panels; p += chunk) {
         const int64_t end = std::min(p + chunk, panels);
         if (from == 0 || chunk < panels) {
 #pragma omp for schedule(static)
-          for (int64_t i = p; i < end; ++i) book.pack(i * kWidth, packed.get() + (i - p) * panel_floats);
+          for (int64_t i = p; i < end; ++i)
+            book.pack(i * kWidth, packed.get() + (i - p) * panel_floats, words.get());
         }
 #pragma omp for schedule(dynamic)
         for (int64_t i = from; i < std::min(from + held, blocks); ++i) {
           std::unique_ptr<Batch>& block = waiting.empty() ? own : waiting[i - from];
-          if (!block) block = std::make_unique<Batch>(a, book, rows);
+          if (!block) block = std::make_unique<Batch>(a, book);
           if (p == 0) block->open(x, i * rows);
-          block->scan(packed.get(), p * kWidth, end * kWidth);
+          block->scan(packed.get(), p * kWidth, end * kWidth, maxima.get());
           if (end == panels) block->close(ranking);
         }
       }

@@ -1,89 +1,69 @@
 // Candidates, and their order by distances in double and, where these leave a doubt, by exact sums.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-
 #include "codebook.h"
 
 namespace genperf {
 namespace GENPERF_ISA {
 namespace vq {
 
-using Vd = Block<double>;  // eight
-
-inline Vd load_doubles(const float* p) {
-  return for_parts<Vd>([&](int i) {
-    typedef float Half __attribute__((vector_size(kNativeBytes / 2)));
-    Half x;
-    std::memcpy(&x, p + i * (8 / kParts), sizeof x);
-    return __builtin_convertvector(x, Vd::Native);
-  });
-}
-
-inline Vd magnitude(Vd v) {
-  return for_parts<Vd>([&](int i) { return v.part[i] < 0.0 ? -v.part[i] : v.part[i]; });
-}
-
-inline double sum_of(Vd v) {
-  double x[8];
-  std::memcpy(x, &v, sizeof x);
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
-}
-
-// The order of codewords by their distance from one vector after another.
+// The k nearest codewords of one vector after another: start(), add() each candidate once, finish().
 class Ranking {
  public:
-  Ranking(const VqSearch& a, const Codebook& book)
-      : a_(a), book_(book), x_(a.dim), mine_(a.dim), theirs_(a.dim), order_(a.codewords), all_(a.codewords) {}
+  Ranking(const VqSearch& a, Codebook& book)
+      : a_(a), book_(book), x_(a.dim), mine_(a.dim), theirs_(a.dim), best_(a.k) {}
 
-  // Writes the results for vector `row` from these candidates, of which there are enough.
-  void among(int64_t row, const float* x, const int32_t* candidates, int64_t n) {
+  void start(int64_t row, const float* x) {
+    row_ = row, n_ = 0;
     std::memcpy(x_.get(), x, a_.dim * sizeof(float));
-    const int64_t k = a_.k < n ? a_.k : n;
-    if (n == 1 && !a_.distances) {
-      order_[0].index = candidates[0];
+  }
+
+  GENPERF_HD void add(int64_t index) {
+    const Measured candidate = measured(static_cast<int32_t>(index));
+    if (n_ == 0) {
+      best_[0] = candidate;
+      n_ = 1;
+    } else if (a_.k == 1) {
+      // Which of two is nearer is not to be guessed, so that there is no branch for it.
+      Measured& best = best_[0];
+      const bool nearer = candidate.value + candidate.error < best.value - best.error;
+      const bool farther = candidate.value - candidate.error > best.value + best.error;
+      const int32_t indices[] = {best.index, candidate.index};
+      const double values[] = {best.value, candidate.value}, errors[] = {best.error, candidate.error};
+      if (nearer | farther)
+        best = {indices[nearer], values[nearer], errors[nearer]};
+      else if (is_nearer_exactly(candidate, best))
+        best = candidate;
     } else {
-      const auto nearer = [&](const Measured& i, const Measured& j) { return is_nearer(i, j); };
-      for (int64_t i = 0; i < n; ++i) order_[i] = measured(candidates[i]);
-      std::partial_sort(order_.get(), order_.get() + k, order_.get() + n, nearer);
-    }
-    for (int64_t i = 0; i < a_.k; ++i) {
-      if (i < k)
-        write(row, i, order_[i].index, order_[i].value);
-      else
-        write(row, i, book_.first[i], kNaN);
+      int64_t i = n_ < a_.k ? n_++ : a_.k;
+      if (i == a_.k && !is_nearer(candidate, best_[--i])) return;
+      for (; i > 0 && is_nearer(candidate, best_[i - 1]); --i) best_[i] = best_[i - 1];
+      best_[i] = candidate;
     }
   }
 
-  void among_all(int64_t row, const float* x) {
-    if (n_all_ < 0) {
-      n_all_ = 0;
-      for (int64_t i = 0; i < a_.codewords; ++i)
-        if (book_.usable[i]) all_[n_all_++] = static_cast<int32_t>(i);
-    }
-    among(row, x, all_.get(), n_all_);
+  void add_all() {
+    book_.find_usable();
+    for (int64_t i = 0; i < a_.codewords; ++i)
+      if (book_.usable[i]) add(i);
   }
 
-  // Without the products: all codewords are measured in double.
-  void among_all_of(const Rows& x) {
-    Scratch<float> row(a_.dim);
-    for (int64_t i = 0; i < a_.n; ++i) {
-      x.read(i, 1, row.get(), a_.dim);
-      if (is_finite(row.get(), a_.dim))
-        among_all(i, row.get());
-      else
-        not_finite(i);
-    }
+  // Where there were too few candidates, unusable codewords follow.
+  void finish() {
+    for (int64_t i = 0; i < n_; ++i) write(i, best_[i].index, best_[i].value);
+    if (n_ == a_.k) return;
+    book_.find_usable();
+    for (int64_t i = n_; i < a_.k; ++i) write(i, book_.first[i], kNaN);
   }
 
   // All codewords are equally near to 0 by their inner products and cosines.
-  void of_zero(int64_t row) {
-    for (int64_t i = 0; i < a_.k; ++i) write(row, i, book_.first[i], i < book_.n_usable ? 0.0 : kNaN);
+  void finish_zero() {
+    book_.find_usable();
+    for (int64_t i = 0; i < a_.k; ++i) write(i, book_.first[i], i < book_.n_usable ? 0.0 : kNaN);
   }
 
-  void not_finite(int64_t row) {
-    for (int64_t i = 0; i < a_.k; ++i) write(row, i, i, kNaN);
+  void finish_not_finite() {
+    for (int64_t i = 0; i < a_.k; ++i) write(i, i, kNaN);
   }
 
  private:
@@ -93,47 +73,59 @@ class Ranking {
     double value, error;
   };
 
-  Measured measured(int32_t index) {
+  GENPERF_HD Measured measured(int32_t index) {
     const float* c = book_.rows.row(index, mine_.get());
-    const float* x = x_.get();
-    const int64_t whole = a_.dim / 8 * 8, rest = a_.dim - whole;
-    float x_rest[8] = {}, c_rest[8] = {};
-    for (int64_t d = 0; d < rest; ++d) x_rest[d] = x[whole + d], c_rest[d] = c[whole + d];
-    Vd total = splat<Vd>(0.0), size = total, square = total;
-    const auto add = [&](const float* xs, const float* cs) {
-      const Vd xd = load_doubles(xs), cd = load_doubles(cs);
-      if (a_.metric == Metric::kL2) {
-        const Vd difference = xd - cd;
+    const double u = static_cast<double>(a_.dim + 16) * 0x1p-52;
+    if (a_.metric == Metric::kL2) {
+      Vd total = splat<Vd>(0.0);
+      each_eight(c, [&](Vd x, Vd word) {
+        const Vd difference = x - word;
         total = total + difference * difference;
-        return;
-      }
-      const Vd term = xd * cd;
+      });
+      const double value = sum_of(total);
+      return {index, value, u * value};
+    }
+    Vd total = splat<Vd>(0.0), size = total, square = total;
+    each_eight(c, [&](Vd x, Vd word) {
+      const Vd term = x * word;
       total = total - term;
       size = size + magnitude(term);
-      square = square + cd * cd;
-    };
-    for (int64_t d = 0; d < whole; d += 8) add(x + d, c + d);
-    if (rest > 0) add(x_rest, c_rest);
-    const double u = static_cast<double>(a_.dim + 16) * 0x1p-52, value = sum_of(total);
-    if (a_.metric == Metric::kL2) return {index, value, u * value};
+      square = square + word * word;
+    });
+    const double value = sum_of(total);
     if (a_.metric == Metric::kDot) return {index, value, u * sum_of(size)};
     const double length = std::sqrt(sum_of(square));
     return length == 0.0 ? Measured{index, 0.0, 0.0}
                          : Measured{index, value / length, u * sum_of(size) / length};
   }
 
+  // f of eight elements of x and of c at a time, with zeros at the end.
+  template <class Function>
+  GENPERF_HD void each_eight(const float* c, Function f) const {
+    const float* x = x_.get();
+    int64_t d = 0;
+    for (; d + 8 <= a_.dim; d += 8) f(load_doubles(x + d), load_doubles(c + d));
+    if (d == a_.dim) return;
+    float x_rest[8] = {}, c_rest[8] = {};
+    for (int64_t i = d; i < a_.dim; ++i) x_rest[i - d] = x[i], c_rest[i - d] = c[i];
+    f(load_doubles(x_rest), load_doubles(c_rest));
+  }
+
   bool is_nearer(const Measured& i, const Measured& j) {
     if (i.value + i.error < j.value - j.error) return true;
     if (j.value + j.error < i.value - i.error) return false;
-    if (i.index == j.index) return false;
+    return is_nearer_exactly(i, j);
+  }
+
+  __attribute__((noinline)) bool is_nearer_exactly(const Measured& i, const Measured& j) {
     const float* mine = book_.rows.row(i.index, mine_.get());
     const float* theirs = book_.rows.row(j.index, theirs_.get());
     const int order = compare_exactly(a_.metric, x_.get(), mine, theirs, a_.dim);
     return order < 0 || (order == 0 && i.index < j.index);
   }
 
-  void write(int64_t row, int64_t i, int64_t index, double value) {
-    a_.indices[row * a_.k + i] = index;
+  void write(int64_t i, int64_t index, double value) {
+    a_.indices[row_ * a_.k + i] = index;
     if (!a_.distances) return;
     if (a_.metric == Metric::kCosine) {
       double square = 0.0;
@@ -141,15 +133,14 @@ class Ranking {
       value = 1.0 + (value == 0.0 ? 0.0 : value / std::sqrt(square));
       value = value < 0.0 ? 0.0 : value;
     }
-    a_.distances[row * a_.k + i] = static_cast<float>(value + 0.0);  // 0 rather than -0
+    a_.distances[row_ * a_.k + i] = static_cast<float>(value + 0.0);  // 0 rather than -0
   }
 
   const VqSearch& a_;
-  const Codebook& book_;
+  Codebook& book_;
   Scratch<float> x_, mine_, theirs_;
-  Scratch<Measured> order_;
-  Scratch<int32_t> all_;
-  int64_t n_all_ = -1;
+  Scratch<Measured> best_;
+  int64_t row_ = 0, n_ = 0;
 };
 
 }  // namespace vq

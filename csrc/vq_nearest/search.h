@@ -1,6 +1,6 @@
 // The nearest codewords of rows that another op has at hand, inside a native call of its own.
 //
-//   const SearchedCodebook book(codebook, Metric::kL2, n_rows);  // once
+//   SearchedCodebook book(codebook, Metric::kL2, n_rows);  // once
 //   RowSearch search(book);                                      // one for each thread
 //   search.nearest(rows, pitch, n, indices);                     // up to RowSearch::kMost rows at a time
 //
@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "batch.h"
+#include "few.h"
 
 namespace genperf {
 namespace GENPERF_ISA {
@@ -23,12 +24,16 @@ class SearchedCodebook {
   SearchedCodebook(const View& codebook, Metric metric, int64_t n_rows)
       : args_(arguments(codebook, metric)),
         book_(args_),
-        packs_(n_rows > kFewVectors && book_.n_usable > 0),
-        panels_(packs_ ? (args_.codewords + kWidth - 1) / kWidth * (args_.dim + 1) * kWidth : 0) {
-    if (!packs_) return;
-    book_.leave_out_duplicates();
+        packs_(n_rows > Few::kMost),
+        panels_(packs_ ? (args_.codewords + kWidth - 1) / kWidth * book_.panel_floats() : 0) {
+    if (!packs_) {
+      book_.find_usable();
+      return;
+    }
     book_.prepare();
-    for (int64_t i = 0; i < args_.codewords; i += kWidth) book_.pack(i, panels_.get() + i * (args_.dim + 1));
+    Scratch<float> words(kWidth * book_.pitch(), 0.0f);
+    for (int64_t i = 0; i < args_.codewords; i += kWidth)
+      book_.pack(i, panels_.get() + i / kWidth * book_.panel_floats(), words.get());
   }
   SearchedCodebook(const SearchedCodebook&) = delete;
 
@@ -54,28 +59,38 @@ class SearchedCodebook {
 
 class RowSearch {
  public:
-  static constexpr int kMost = 32;
+  static constexpr int kMost = kRows;
 
-  explicit RowSearch(const SearchedCodebook& book)
-      : book_(book), args_(book.args_), ranking_(args_, book.book_) {
-    if (book.packs_) batch_ = std::make_unique<Batch>(args_, book.book_, kMost / kTile * kTile);
+  // Reads `book` alone, which several may share.
+  explicit RowSearch(SearchedCodebook& book)
+      : book_(book),
+        args_(book.args_),
+        ranking_(args_, book.book_),
+        maxima_(book.packs_ ? Batch::maxima_floats() : 0) {
+    if (book.packs_)
+      batch_ = std::make_unique<Batch>(args_, book.book_);
+    else
+      few_ = std::make_unique<Few>(args_, book.book_);
   }
   RowSearch(const RowSearch&) = delete;
 
   // Of rows[i * pitch + d], i < n <= kMost, d < D: the nearest codeword, and its distance where wanted.
   void nearest(const float* rows, int64_t pitch, int n, int64_t* indices, float* distances = nullptr) {
-    View view;
-    view.data = const_cast<float*>(rows), view.ndim = 2;
-    view.shape[0] = n, view.shape[1] = args_.dim, view.stride[0] = pitch, view.stride[1] = 1;
-    args_.x = view, args_.n = n, args_.indices = indices, args_.distances = distances;
-    const Rows x(view);
-    if (!batch_) {
-      ranking_.among_all_of(x);
-      return;
-    }
-    for (int64_t first = 0; first < n; first += batch_->rows()) {
-      batch_->open(x, first);
-      batch_->scan(book_.panels_.get(), 0, args_.codewords);
+    const int step = batch_ ? batch_->rows() : Few::kMost;
+    for (int first = 0; first < n; first += step) {
+      View view;
+      view.data = const_cast<float*>(rows + first * pitch), view.ndim = 2;
+      view.shape[0] = std::min(step, n - first), view.shape[1] = args_.dim;
+      view.stride[0] = pitch, view.stride[1] = 1;
+      args_.x = view, args_.n = view.shape[0];
+      args_.indices = indices + first, args_.distances = distances ? distances + first : nullptr;
+      const Rows x(view);
+      if (few_) {
+        few_->search(x, ranking_);
+        continue;
+      }
+      batch_->open(x, 0);
+      batch_->scan(book_.panels_.get(), 0, args_.codewords, maxima_.get());
       batch_->close(ranking_);
     }
   }
@@ -84,7 +99,9 @@ class RowSearch {
   const SearchedCodebook& book_;
   VqSearch args_;
   Ranking ranking_;
+  Scratch<float> maxima_;
   std::unique_ptr<Batch> batch_;
+  std::unique_ptr<Few> few_;
 };
 
 }  // namespace vq

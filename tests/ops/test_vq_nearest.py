@@ -338,16 +338,17 @@ def test_flushed_denormals_change_nothing():
 def test_bound(tmp_path):
     """The error bound of the scores that stands in docs/vector_quantization.md holds for the kernel's own."""
     here = Path(__file__).parent
-    flags = ["-O2", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-Wno-psabi"]
+    flags = ["-O2", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-Wno-psabi", "-Wno-unknown-pragmas"]
     program = tmp_path / "bound"
     sources = [f"-I{here.parents[1] / 'csrc'}", str(here / "vq_nearest_bound.cpp")]
     built = subprocess.run(["c++", *flags, *sources, "-o", program], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    errors = [float(e) for e in re.findall(r"largest error (\S+) of the bound", result.stdout)]
-    assert len(errors) == 15
-    assert max(errors) > 0.05, f"a bound this wide is another's: {result.stdout}"
+    found = re.findall(r"largest error (\S+) of the bound, of few (\S+)", result.stdout)
+    assert len(found) == 15
+    for errors in zip(*found, strict=True):
+        assert max(float(e) for e in errors) > 0.05, f"a bound this wide is another's: {result.stdout}"
 
 
 def test_results_carry_no_gradient():

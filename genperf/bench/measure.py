@@ -139,8 +139,10 @@ def race(contenders: list[Contender], clock: CpuClock | CudaClock, effort: Effor
             single.append(max(once, 1e-7))
         least = max(effort.sample_s, max(single, default=0.0) / 10)
         for contender, once in zip(contenders, single, strict=True):
-            on_gpu = isinstance(clock, CudaClock)
-            contender.calls = clock.calls if on_gpu else min(10_000, math.ceil(least / once))
+            if isinstance(clock, CudaClock):
+                contender.calls = clock.calls
+            else:
+                contender.calls = min(10_000, math.ceil(least / once))
         started = time.perf_counter()
         for done in range(effort.max_rounds):
             spent = time.perf_counter() - started

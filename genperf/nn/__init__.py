@@ -2,5 +2,6 @@
 
 from genperf.nn.diagonal_gaussian import DiagonalGaussian
 from genperf.nn.masked_conv import MaskedConv2d
+from genperf.nn.vector_quantize import GroupedResidualVQ, ResidualVQ, VectorQuantize
 
-__all__ = ["DiagonalGaussian", "MaskedConv2d"]
+__all__ = ["DiagonalGaussian", "GroupedResidualVQ", "MaskedConv2d", "ResidualVQ", "VectorQuantize"]

@@ -115,15 +115,15 @@ def reference_backward(
 ) -> Tensor:  # fmt: skip
     """The gradient by x. ``coefficients`` [groups, stages] are those of the differences in it."""
     per_group = len(codebooks) // max(1, len(x))
-    return torch.stack(
-        [
-            _group_backward(
-                grad[g], coefficients[g], x[g], codebooks[g * per_group : (g + 1) * per_group], indices[g],
-                rotation, of_sum, fraction,
-            )
-            for g in range(len(x))
-        ]
-    )  # fmt: skip
+    of_groups = [
+        _group_backward(
+            grad[g], coefficients[g], x[g], codebooks[g * per_group : (g + 1) * per_group], indices[g],
+            rotation, of_sum, fraction,
+        )
+        for g in range(len(x))
+    ]  # fmt: skip
+    gathered = torch.stack(of_groups)
+    return gathered if torch.is_grad_enabled() else torch.empty_like(x).copy_(gathered)
 
 
 def _sums(values: Tensor, indices: Tensor, n_codewords: int) -> Tensor:

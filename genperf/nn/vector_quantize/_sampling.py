@@ -27,12 +27,14 @@ def draw_positions(n_valid: Tensor, order: Tensor, n_wanted: Tensor, key: Tensor
         has the vector. Which codewords go without, where vectors are too few, is random.
     """
     heads, n_codewords = order.shape
-    random = philox_random((heads, n_codewords + 2), key, "bits")
+    random = philox_random((heads, n_codewords + 3), key, "bits")
     order = (order + random[:, :1]) % n_wanted.clamp(min=1)
     n_strata = n_valid.clamp(1, n_codewords)
     stratum = (order * _PRIME + random[:, 1:2]) % n_strata
     first, end = stratum * n_valid // n_strata, (stratum + 1) * n_valid // n_strata
-    return first + random[:, 2:] % (end - first).clamp(min=1), order < n_valid
+    position = first + random[:, 3:] % (end - first).clamp(min=1)
+    # The first stratum begins anywhere, as strata may differ by one in length.
+    return (position + random[:, 2:3]) % n_valid.clamp(min=1), order < n_valid
 
 
 def take_valid(x: Tensor, valid: Tensor, position: Tensor, dim: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from genperf import _op
 from genperf.ops.codebook_statistics import codebook_statistics
-from genperf.ops.vector_quantize import vector_quantize
+from genperf.ops.vector_quantize import VectorQuantized, vector_quantize
 from genperf.ops.vq_nearest import vq_nearest
 
 #: Constants that an output or an attribute may be.
@@ -44,14 +45,15 @@ class Role:
         kind: "quantized" (with the straight-through gradient), "codewords" (without a gradient), "lookup"
             (with a gradient for the codebook), "indices", "one_hot", "loss", "perplexity" or "constant".
         form: how it lies: see :func:`arranged`, :func:`index_shape` and :func:`one_hot_form`.
-        contiguous: it is contiguous, whatever the memory layout of the input.
+        memory: whatever the layout of the input, it is contiguous ("first") or lies with the elements of a
+            vector next to each other ("last"); "": it lies as the input does.
         commitment, codebook: the weights of a loss.
         value: of a constant.
     """
 
     kind: str
     form: str = ""
-    contiguous: bool = False
+    memory: str = ""
     commitment: Number = Number(0.0)
     codebook: Number = Number(0.0)
     value: Any = None
@@ -120,7 +122,16 @@ class Convention:
             return False
         if torch.jit.is_tracing() or hooked(module, self.source):
             return False
+        if not all(0 <= number.of(module) < math.inf for number in self.numbers()):
+            return False
         return all(getattr(module, name) == value for name, value in self.attributes)
+
+    def numbers(self) -> list[Number]:
+        """Those that are attributes of the module."""
+        found = [n for role in self.roles for n in (role.commitment, role.codebook)]
+        if self.moving_average is not None:
+            found += [self.moving_average.decay, self.moving_average.eps]
+        return [n for n in found if n.attribute]
 
     def run(self, module: nn.Module, x: Tensor) -> Any:
         original_book = self.codebook(module)
@@ -130,24 +141,24 @@ class Convention:
             x, book = F.normalize(x, dim=self.dim), F.normalize(book, dim=-1)
         average = self.moving_average
         losses = [role for role in self.roles if role.kind == "loss"]
-        first = losses[0] if losses else Role("loss")
+        first = losses[0] if losses else None
         counted = any(role.kind == "perplexity" for role in self.roles)
         made: dict[str, Any] = {"x": x, "first": first, "module": module}
         if average is not None and average.quantizes_after:
             made["indices"] = self._search(x, book)
-            self._update(module, x, made["indices"], average)
+            made["counts"] = self._update(module, x, made["indices"], average)
             book = self.codebook(module).detach().to(dtype)
         elif not losses and not counted and all(role.kind != "quantized" for role in self.roles):
             made["indices"] = self._search(x, book)
         else:
             if average is not None:
                 book = book.clone()  # the backward pass reads it again, after the update
-            result = vector_quantize(
+            result = _quantized_like(
                 x,
                 book,
-                dim=self.dim,
-                commitment_weight=first.commitment.of(module),
-                codebook_weight=first.codebook.of(module),
+                self.dim,
+                commitment_weight=first.commitment.of(module) if first is not None else 0.0,
+                codebook_weight=first.codebook.of(module) if first is not None else 0.0,
                 return_usage=counted,
             )
             made.update(quantized=result.quantized, indices=result.indices, loss=result.loss)
@@ -165,9 +176,11 @@ class Convention:
             return vq_nearest(x, book, "cosine", dim=self.dim).indices
         return vq_nearest(F.normalize(x, dim=self.dim), F.normalize(book, dim=-1), dim=self.dim).indices
 
-    def _update(self, module: nn.Module, x: Tensor, indices: Tensor, average: MovingAverage) -> None:
+    def _update(self, module: nn.Module, x: Tensor, indices: Tensor, average: MovingAverage) -> Tensor:
+        """Move the codebook; returns how often each codeword was chosen in this process, [K]."""
         book = self.codebook(module)
         counts, sums = codebook_statistics(x.detach(), indices, len(book), dim=self.dim)
+        chosen = counts
         if average.reduce:
             counts, sums = counts.clone(), (sums.t() if self.transposed else sums).contiguous()
             for reduce, tensor in zip(average.reduce, (counts, sums), strict=True):
@@ -184,13 +197,14 @@ class Convention:
             if average.keeps_smoothed:
                 mean_counts.data.copy_(smoothed)
             book.data.copy_(mean_sums / smoothed.unsqueeze(1))
+        return chosen
 
     def _output(self, role: Role, made: dict[str, Any]) -> Any:
         if role.kind == "constant":
             return role.value
         x, book, indices = made["x"], made["book"], made["indices"]
         if role.kind == "indices":
-            return indices.reshape(index_shape(role.form, indices.shape))
+            return indices.reshape(index_shape(role.form, indices.shape)).contiguous()
         if role.kind == "one_hot":
             return one_hot_form(role.form, one_hot(indices, len(book), x.dtype), indices.shape)
         if role.kind == "perplexity":
@@ -208,7 +222,10 @@ class Convention:
             result = self._looked_up(made)
             result = result if role.kind == "lookup" else result.detach()
         result = arranged(role.form, result, self.dim)
-        return result.contiguous() if role.contiguous else result
+        if role.memory == "last":
+            at = elements_at(role.form, self.dim)
+            return result.movedim(at, -1).contiguous().movedim(-1, at)
+        return result.contiguous() if role.memory == "first" else result
 
     def _looked_up(self, made: dict[str, Any]) -> Tensor:
         if "lookup" not in made:
@@ -217,12 +234,27 @@ class Convention:
 
     def _loss(self, role: Role, made: dict[str, Any]) -> Tensor:
         x, q, module = made["x"], self._looked_up(made), made["module"]
-        loss = x.new_zeros(())
+        loss = x.reshape(-1)[:0].sum()  # of nothing, but with a gradient
         if role.commitment.factor:
             loss = loss + role.commitment.of(module) * F.mse_loss(q.detach(), x)
         if role.codebook.factor:
             loss = loss + role.codebook.of(module) * F.mse_loss(q, x.detach())
         return loss
+
+
+def _quantized_like(x: Tensor, book: Tensor, dim: int, **options: Any) -> VectorQuantized:
+    """:func:`vector_quantize` with the memory layout of ``x``, as sums and differences have it."""
+    order = sorted(range(x.dim()), key=lambda d: (-x.stride()[d], d))
+    lying = x.permute(order)
+    if x.is_contiguous() or not lying.is_contiguous():
+        return vector_quantize(x, book, dim=dim, **options)
+    result = vector_quantize(lying, book, dim=order.index(dim), **options)
+    grid = [d for d in order if d != dim]
+    back = [order.index(d) for d in range(x.dim())]
+    grid_back = [grid.index(d) for d in range(x.dim()) if d != dim]
+    return result._replace(
+        quantized=result.quantized.permute(back), indices=result.indices.permute(grid_back)
+    )
 
 
 def tensor_of(module: Any, name: str) -> Tensor:
@@ -264,6 +296,11 @@ def arranged(form: str, x: Tensor, dim: int) -> Tensor:
     if form == "last":
         return x.movedim(dim, -1)
     return x.movedim(dim, -1).flatten(0, -2) if form == "rows" else x
+
+
+def elements_at(form: str, dim: int) -> int:
+    """Which dimension of a tensor in this form is that of the vectors' elements."""
+    return {"same": dim, "second": 1}.get(form, -1)
 
 
 def index_shape(form: str, grid: torch.Size) -> tuple[int, ...]:

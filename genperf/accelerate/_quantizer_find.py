@@ -18,6 +18,7 @@ from genperf.accelerate._quantizer import (
     Number,
     Role,
     arranged,
+    elements_at,
     index_shape,
     one_hot,
     one_hot_form,
@@ -86,10 +87,10 @@ def _described(target: Target, source: Source, probe: Probe, seen: Seen, search:
         roles, average = truth.roles(seen), replace(average, quantizes_after=True)
     if all(role.kind == "constant" for role in roles):
         raise Unknown("it gives nothing that depends on its input")
-    with_layouts(target, roles)
+    _note_layouts(target, roles)
     idle = _bind_weights(target, source, roles, truth, seen)
     numbers = [n for role in roles for n in (role.commitment, role.codebook)]
-    if any(number.factor < 0 for number in numbers):
+    if any(number.of(target.module) < 0 for number in numbers):
         raise Unknown("a weight of its loss is negative")
     numbers += [average.decay, average.eps] if average is not None else []
     bound = {number.attribute for number in numbers}
@@ -176,7 +177,7 @@ class Truth:
         if close(leaf, torch.exp(-torch.sum(share * torch.log(share + 1e-10)))):
             return Role("perplexity")
         weights = self.weights(leaf)
-        return None if weights is None else Role("loss", "", False, *map(Number, weights))
+        return None if weights is None else Role("loss", "", "", *map(Number, weights))
 
     def weights(self, leaf: Tensor) -> tuple[float, float] | None:
         """Those of the commitment and the codebook loss, if it is a sum of the two."""
@@ -230,29 +231,32 @@ def _bound(number: Number, changed: float, name: str, value: float, other: float
     return Number(factor, name)
 
 
-def with_layouts(target: Target, roles: list[Role]) -> None:
-    """Note which outputs are contiguous for either layout of the input."""
-    runs = [target.run(target.probe(1, last=last)).leaves for last in (False, True)]
+def _note_layouts(target: Target, roles: list[Role]) -> None:
+    """Note which outputs lie in memory as they do whatever the layout of the input."""
+    runs = [target.run(target.probe(1, other_layout=other)).leaves for other in (False, True)]
     for i, (role, *leaves) in enumerate(zip(roles, *runs, strict=True)):
-        if role.kind in ("quantized", "codewords", "lookup") and all(x.is_contiguous() for x in leaves):
-            roles[i] = replace(role, contiguous=True)
+        if role.kind not in ("quantized", "codewords", "lookup"):
+            continue
+        at = elements_at(role.form, target.dim)
+        if all(x.is_contiguous() for x in leaves):
+            roles[i] = replace(role, memory="first")
+        elif all(x.movedim(at, -1).is_contiguous() for x in leaves):
+            roles[i] = replace(role, memory="last")
 
 
 def _check(target: Target, convention: Convention) -> None:
     """Raise unless the description gives what the method gives, with all gradients and changed tensors."""
-    for seed, last in ((2, False), (3, True)):
+    for seed, other in ((2, False), (3, True)):
         outcomes = []
         for function in (target.function, convention.run):
-            probe = target.probe(seed, last=last)
+            probe = target.probe(seed, other_layout=other)
             seen = replace(target, function=function).run(probe)
             outcomes.append((seen, _gradients(probe, seen)))
         (theirs, their_gradients), (ours, our_gradients) = outcomes
         if theirs.structure != ours.structure:
             raise Unknown("the structure of its output varies")
         for i, (a, b) in enumerate(zip(theirs.leaves, ours.leaves, strict=True)):
-            if isinstance(a, Tensor) != isinstance(b, Tensor) or not (
-                close(a, b) if isinstance(a, Tensor) else a == b
-            ):
+            if not _alike(a, b):
                 raise Unknown(f"its output {i} is another one for another input")
         for name, gradient in their_gradients.items():
             own = our_gradients[name]
@@ -263,6 +267,12 @@ def _check(target: Target, convention: Convention) -> None:
         for name, tensor in theirs.after.items():
             if not close(tensor, ours.after[name], STATISTICS if name in seen.changed(probe) else TOLERANCE):
                 raise Unknown(f"it changes {name} otherwise")
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.requires_grad == b.requires_grad and close(b, a)
+    return type(a) is type(b) and bool(a == b)
 
 
 def _learned(target: Target) -> bool | None:

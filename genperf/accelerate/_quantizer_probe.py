@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,8 +66,8 @@ class Target:
     rank: int
     dim: int
 
-    def probe(self, seed: int, overrides: dict[str, Any] | None = None, last: bool = False) -> Probe:
-        """``last``: the elements of a vector lie next to each other in memory, whatever ``dim``."""
+    def probe(self, seed: int, overrides: dict[str, Any] | None = None, other_layout: bool = False) -> Probe:
+        """``overrides``: attributes of the module; ``other_layout``: the input is not contiguous."""
         generator = torch.Generator().manual_seed(seed)
         module = random_copy(self.module, generator, self.training)
         for name, value in (overrides or {}).items():
@@ -83,8 +82,11 @@ class Target:
         lengths = torch.rand(count, 1, generator=generator, dtype=torch.float64) * 2 + 0.2
         noise = torch.randn(count, size, generator=generator, dtype=torch.float64)
         rows = nearby * lengths + 0.4 * noise
-        x = rows.view(*grid, size).movedim(-1, self.dim)
-        x = (x if last else x.contiguous()).detach().requires_grad_()
+        x = rows.view(*grid, size).movedim(-1, self.dim).contiguous()
+        if other_layout:
+            at, to = (self.dim, -1) if self.dim < self.rank - 1 else (-1, 1)
+            x = x.movedim(at, to).contiguous().movedim(to, at)
+        x = x.detach().requires_grad_()
         before = {name: tensor.detach().clone() for name, tensor in tensors(module)}
         before.setdefault(self.book, book.clone())
         return Probe(module, x, rows.detach(), before)
@@ -94,7 +96,7 @@ class Target:
 
     def run(self, probe: Probe) -> Seen:
         torch.manual_seed(SEED)
-        with torch.enable_grad(), all_float64():
+        with torch.enable_grad(), probing():
             output = self.function(probe.module, probe.x)
         structure, leaves = taken_apart(output)
         after = {name: tensor.detach() for name, tensor in tensors(probe.module)}
@@ -116,8 +118,9 @@ def random_copy(module: nn.Module, generator: torch.Generator, training: bool) -
 
     def of_module(part: nn.Module) -> nn.Module:
         if id(part) not in copies:
-            copies[id(part)] = made = copy.copy(part)
-            made.__class__ = original_class(type(part))
+            cls: Any = original_class(type(part))
+            copies[id(part)] = made = cls.__new__(cls)
+            vars(made).update(vars(part))
             for name, value in vars(part).items():
                 if isinstance(value, Tensor):  # such as what it has computed from its buffers
                     vars(made)[name] = None
@@ -162,15 +165,35 @@ def _wide(value: Any) -> Any:
 
 
 @contextmanager
-def all_float64() -> Iterator[None]:
-    """A context in which torch makes float64 where it would make float32."""
+def probing() -> Iterator[None]:
+    """A context in which torch makes float64 where it would make float32, and there is only one process."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _AllFloat64():
+        with _AllFloat64(), _alone():
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hides the process group, so that a probe exchanges nothing with other processes."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        yield
+        return
+    answers = {"is_initialized": False, "get_world_size": 1, "get_rank": 0}
+    names = (*answers, "all_reduce", "broadcast", "all_gather", "barrier")
+    kept = {name: getattr(distributed, name) for name in names}
+    try:
+        for name in names:
+            answer = answers.get(name)
+            setattr(distributed, name, lambda *args, answer=answer, **kwargs: answer)
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(distributed, name, function)
 
 
 def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ def _load(name, file):
 
 _models = _load("accelerate_models", "models.py")
 _loops = _load("accelerate_pixel_loops", "pixel_loops.py")
+_quantizers = _load("accelerate_quantizers", "quantizers.py")
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +28,9 @@ def models():
 def loops():
     """tests/accelerate/pixel_loops.py, importable by name."""
     return _loops
+
+
+@pytest.fixture(scope="session")
+def quantizers():
+    """tests/accelerate/quantizers.py, importable by name."""
+    return _quantizers

@@ -353,7 +353,12 @@ def test_pythae_pixelcnn_sampler(tmp_path):
     report = genperf.accelerate(sampler)
     assert report.entries[0].was == "PixelCNNSampler.sample: self.pixelcnn_model for each pixel"
     assert report.entries[0].kernel == "pixel_sampler"
-    assert {e.kernel for e in report.accelerated} == {"pixel_sampler", "gaussian_sample", "masked_conv2d"}
+    assert {e.kernel for e in report.accelerated} == {
+        "pixel_sampler",
+        "gaussian_sample",
+        "masked_conv2d",
+        "vector_quantize",
+    }
     assert isinstance(sampler, cls)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from genperf.accelerate._pattern import Match, Options, Refusal
 from genperf.accelerate._quantizer import search_backend, tensor_of
-from genperf.accelerate._quantizer_probe import all_float64, codebooks, random_copy
+from genperf.accelerate._quantizer_probe import codebooks, probing, random_copy
 from genperf.accelerate._quantizer_source import Unknown
 from genperf.accelerate._rewrite import CannotRewrite, methods_of, recompile_inside
 from genperf.ops.residual_vector_quantize import residual_vector_quantize
@@ -175,7 +175,7 @@ def _difference(layer: Any, name: str) -> str:
         generator = torch.Generator().manual_seed(3)
         probe: Any = random_copy(layer, generator, training)
         try:
-            with torch.no_grad(), all_float64(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), probing(), torch.random.fork_rng(devices=[]):
                 book = tensor_of(probe, name)
                 x = 1.5 * torch.randn(2, book.shape[1], 5, generator=generator)
                 indices = probe.encode(x)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,38 +134,37 @@ class Convention:
         return [n for n in found if n.attribute]
 
     def run(self, module: nn.Module, x: Tensor) -> Any:
-        original_book = self.codebook(module)
-        dtype = torch.promote_types(x.dtype, original_book.dtype)
-        x, book = x.to(dtype), (original_book if self.learned else original_book.detach()).to(dtype)
+        book = self.codebook(module)
+        dtype = torch.promote_types(x.dtype, book.dtype)
+        x, book = x.to(dtype), (book if self.learned else book.detach()).to(dtype)
         if self.search == "normalised":
             x, book = F.normalize(x, dim=self.dim), F.normalize(book, dim=-1)
-        average = self.moving_average
-        losses = [role for role in self.roles if role.kind == "loss"]
-        first = losses[0] if losses else None
-        counted = any(role.kind == "perplexity" for role in self.roles)
-        made: dict[str, Any] = {"x": x, "first": first, "module": module}
+        kinds = {role.kind for role in self.roles}
+        if not kinds & {"quantized", "loss", "perplexity"}:
+            made = _Made(module, x, book, self._search(x, book))
+            return self.structure.build([self._output(role, made) for role in self.roles])
+        average, indices = self.moving_average, None
         if average is not None and average.quantizes_after:
-            made["indices"] = self._search(x, book)
-            made["counts"] = self._update(module, x, made["indices"], average)
+            indices = self._search(x, book)
+            self._update(module, x, indices, average)
             book = self.codebook(module).detach().to(dtype)
-        elif not losses and not counted and all(role.kind != "quantized" for role in self.roles):
-            made["indices"] = self._search(x, book)
-        else:
-            if average is not None:
-                book = book.clone()  # the backward pass reads it again, after the update
-            result = _quantized_like(
-                x,
-                book,
-                self.dim,
-                commitment_weight=first.commitment.of(module) if first is not None else 0.0,
-                codebook_weight=first.codebook.of(module) if first is not None else 0.0,
-                return_usage=counted,
-            )
-            made.update(quantized=result.quantized, indices=result.indices, loss=result.loss)
-            made["counts"] = result.counts
-        made["book"] = book
+        elif average is not None:
+            book = book.clone()  # the backward pass reads it again, after the update
+        losses = [role for role in self.roles if role.kind == "loss"]
+        one = losses[0] if len(losses) == 1 else None
+        result = vector_quantize(
+            x,
+            book,
+            dim=self.dim,
+            indices=indices,
+            commitment_weight=one.commitment.of(module) if one is not None else 0.0,
+            codebook_weight=one.codebook.of(module) if one is not None else 0.0,
+            return_losses=len(losses) > 1,
+            return_usage="perplexity" in kinds,
+        )
+        made = _Made(module, x, book, result.indices, result)
         if average is not None and not average.quantizes_after:
-            self._update(module, x, made["indices"], average)
+            self._update(module, x, made.indices, average)
         return self.structure.build([self._output(role, made) for role in self.roles])
 
     def _search(self, x: Tensor, book: Tensor) -> Tensor:
@@ -176,11 +175,9 @@ class Convention:
             return vq_nearest(x, book, "cosine", dim=self.dim).indices
         return vq_nearest(F.normalize(x, dim=self.dim), F.normalize(book, dim=-1), dim=self.dim).indices
 
-    def _update(self, module: nn.Module, x: Tensor, indices: Tensor, average: MovingAverage) -> Tensor:
-        """Move the codebook; returns how often each codeword was chosen in this process, [K]."""
+    def _update(self, module: nn.Module, x: Tensor, indices: Tensor, average: MovingAverage) -> None:
         book = self.codebook(module)
         counts, sums = codebook_statistics(x.detach(), indices, len(book), dim=self.dim)
-        chosen = counts
         if average.reduce:
             counts, sums = counts.clone(), (sums.t() if self.transposed else sums).contiguous()
             for reduce, tensor in zip(average.reduce, (counts, sums), strict=True):
@@ -197,64 +194,50 @@ class Convention:
             if average.keeps_smoothed:
                 mean_counts.data.copy_(smoothed)
             book.data.copy_(mean_sums / smoothed.unsqueeze(1))
-        return chosen
 
-    def _output(self, role: Role, made: dict[str, Any]) -> Any:
+    def _output(self, role: Role, made: _Made) -> Any:
+        x, indices, result = made.x, made.indices, made.result
         if role.kind == "constant":
             return role.value
-        x, book, indices = made["x"], made["book"], made["indices"]
         if role.kind == "indices":
             return indices.reshape(index_shape(role.form, indices.shape)).contiguous()
         if role.kind == "one_hot":
-            return one_hot_form(role.form, one_hot(indices, len(book), x.dtype), indices.shape)
+            return one_hot_form(role.form, one_hot(indices, len(made.book), x.dtype), indices.shape)
+        if role.kind in ("codewords", "lookup"):
+            book = made.book if role.kind == "lookup" else made.book.detach()
+            return self._lying(role, F.embedding(indices, book).movedim(-1, self.dim))
+        assert result is not None
         if role.kind == "perplexity":
-            share = made["counts"].to(x.dtype) / indices.numel()
+            assert result.counts is not None
+            share = result.counts.to(x.dtype) / indices.numel()
             return torch.exp(-torch.sum(share * torch.log(share + 1e-10)))
-        if role.kind == "loss":
-            if role is made["first"] and "loss" in made:
-                return made["loss"].to(x.dtype)
-            return self._loss(role, made)
         if role.kind == "quantized":
-            if "quantized" not in made:
-                made["quantized"] = x + (self._looked_up(made) - x).detach()
-            result = made["quantized"]
-        else:
-            result = self._looked_up(made)
-            result = result if role.kind == "lookup" else result.detach()
-        result = arranged(role.form, result, self.dim)
+            return self._lying(role, result.quantized)
+        loss = result.loss
+        if result.commitment_loss is not None and result.codebook_loss is not None:
+            loss = role.commitment.of(made.module) * result.commitment_loss
+            loss = loss + role.codebook.of(made.module) * result.codebook_loss
+        elif self.learned and role.codebook.of(made.module) == 0:
+            loss = loss + made.book.reshape(-1)[:0].sum()  # of nothing, for a gradient of zeros
+        return loss.to(x.dtype)
+
+    def _lying(self, role: Role, x: Tensor) -> Tensor:
+        """``x``, whose elements are along ``dim``, in the form and the memory layout of an output."""
+        x = arranged(role.form, x, self.dim)
         if role.memory == "last":
             at = elements_at(role.form, self.dim)
-            return result.movedim(at, -1).contiguous().movedim(-1, at)
-        return result.contiguous() if role.memory == "first" else result
-
-    def _looked_up(self, made: dict[str, Any]) -> Tensor:
-        if "lookup" not in made:
-            made["lookup"] = F.embedding(made["indices"], made["book"]).movedim(-1, self.dim)
-        return made["lookup"]
-
-    def _loss(self, role: Role, made: dict[str, Any]) -> Tensor:
-        x, q, module = made["x"], self._looked_up(made), made["module"]
-        loss = x.reshape(-1)[:0].sum()  # of nothing, but with a gradient
-        if role.commitment.factor:
-            loss = loss + role.commitment.of(module) * F.mse_loss(q.detach(), x)
-        if role.codebook.factor:
-            loss = loss + role.codebook.of(module) * F.mse_loss(q, x.detach())
-        return loss
+            return x.movedim(at, -1).contiguous().movedim(-1, at)
+        return x.contiguous() if role.memory == "first" else x
 
 
-def _quantized_like(x: Tensor, book: Tensor, dim: int, **options: Any) -> VectorQuantized:
-    """:func:`vector_quantize` with the memory layout of ``x``, as sums and differences have it."""
-    order = sorted(range(x.dim()), key=lambda d: (-x.stride()[d], d))
-    lying = x.permute(order)
-    if x.is_contiguous() or not lying.is_contiguous():
-        return vector_quantize(x, book, dim=dim, **options)
-    result = vector_quantize(lying, book, dim=order.index(dim), **options)
-    grid = [d for d in order if d != dim]
-    back = [order.index(d) for d in range(x.dim())]
-    grid_back = [grid.index(d) for d in range(x.dim()) if d != dim]
-    return result._replace(
-        quantized=result.quantized.permute(back), indices=result.indices.permute(grid_back)
-    )
+class _Made(NamedTuple):
+    """What outputs are made of."""
+
+    module: nn.Module
+    x: Tensor
+    book: Tensor
+    indices: Tensor
+    result: VectorQuantized | None = None
 
 
 def tensor_of(module: Any, name: str) -> Tensor:

@@ -58,7 +58,7 @@ class Rows {
   }
 
   // Rows [first, first + n), `pitch` floats apart: in place, or in `buffer` of n dim floats.
-  const float* some(int64_t first, int n, float* buffer, int64_t& pitch) const {
+  __attribute__((noinline)) const float* some(int64_t first, int n, float* buffer, int64_t& pitch) const {
     if (dtype_ == DType::kFloat32 && step_ == 1) {
       const Position at(lead_, first);
       pitch = lead_.stride[lead_.ndim - 1];

@@ -14,10 +14,10 @@ from torch import Tensor
 from genperf import _backend
 from genperf._op import Operator
 from genperf.ops.philox_random import FLOATS
+from genperf.ops.vq_nearest import NATIVE_DTYPES
 
 __all__ = ["CodebookStatistics", "codebook_statistics"]
 
-_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -58,7 +58,7 @@ def _cpu(x: Tensor, indices: Tensor, n_codewords: int) -> tuple[Tensor, Tensor]:
 
 
 def _refuses(x: Tensor, indices: Tensor, n_codewords: int) -> str | None:
-    if x.dtype not in _NATIVE_DTYPES:
+    if x.dtype not in NATIVE_DTYPES:
         return f"{x.dtype} is left to the reference"
     if x.dim() > 8:
         return f"{x.dim()} dimensions, at most 8"

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from genperf import _backend
 from genperf._op import Operator
 from genperf.ops import _vector_quantize_reference as formulas
 from genperf.ops._vector_quantize_checks import check_options, check_rows
 from genperf.ops._vector_quantize_reference import REDUCTIONS
-from genperf.ops.vq_nearest import METRICS, check_operands, vq_nearest
+from genperf.ops.vq_nearest import METRICS, NATIVE_DTYPES, check_operands, vq_nearest
 
 __all__ = ["VectorQuantized", "vector_quantize"]
 
@@ -35,6 +36,10 @@ class VectorQuantized(NamedTuple):
     perplexity: Tensor | None
     commitment_loss: Tensor | None
     codebook_loss: Tensor | None
+
+
+def _loss_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _reference(
@@ -67,7 +72,7 @@ def _fake(
     return (
         torch.empty_like(x),
         x.new_empty(x.shape[:-1], dtype=torch.int64),
-        formulas.wide(x.new_empty(formulas.loss_shape(x, reduction))),
+        x.new_empty(formulas.loss_shape(x, reduction), dtype=_loss_dtype(x)),
         x.new_empty(codebook.shape[:2], dtype=torch.int64) if want_counts else None,
     )
 
@@ -95,6 +100,36 @@ def _fake_backward(
     )
 
 
+def _cpu(
+    x: Tensor, codebook: Tensor, indices: Tensor | None, mask: Tensor | None, metric: int, reduction: int,
+    want_counts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    out = _fake(x, codebook, indices, mask, metric, reduction, want_counts)
+    mask = None if mask is None else mask.long()
+    _backend.native.cpu.vector_quantize_forward(  # type: ignore[union-attr]
+        x, codebook, indices, mask, *out, metric, reduction
+    )
+    return out
+
+
+def _cpu_backward(
+    grad: Tensor | None, of_commitment: Tensor | None, of_codebook: Tensor | None, x: Tensor,
+    codebook: Tensor, indices: Tensor, reduction: int, rotation: bool, want_x: bool, want_codebook: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    tensors = (grad, of_commitment, of_codebook, x, codebook, indices)
+    out = _fake_backward(*tensors, reduction, rotation, want_x, want_codebook)
+    _backend.native.cpu.vector_quantize_backward(*tensors, *out, reduction, rotation)  # type: ignore[union-attr]
+    return out
+
+
+def _refuses(x: Tensor, codebook: Tensor, *_: Any) -> str | None:
+    if x.dtype not in NATIVE_DTYPES:
+        return f"{x.dtype} is left to the reference"
+    if x.dim() > 8:
+        return f"{x.dim()} dimensions, at most 8"
+    return None if codebook.shape[1] < 2**31 else f"{codebook.shape[1]} codewords, below 2^31"
+
+
 _forward_op = Operator(
     "vector_quantize",
     "(Tensor x, Tensor codebook, Tensor? indices, Tensor? mask, int metric, int reduction, bool want_counts)"
@@ -110,6 +145,9 @@ _backward_op = Operator(
     _reference_backward,
     _fake_backward,
 )
+
+_forward_op.implement("cpu", _cpu, _refuses)
+_backward_op.implement("cpu", _cpu_backward, lambda *args: _refuses(*args[3:5]))
 
 
 def _scaled(grad: Tensor | None, weight: float, other: Tensor | None) -> Tensor | None:
@@ -188,8 +226,12 @@ def vector_quantize(
       ``commitment_weight=1``, ``codebook_weight=beta``;
     - descript-audio-codec: ``metric="cosine"``, ``reduction="sample"``, ``return_losses=True``.
 
-    Products, sums and losses are computed in float32 for half-precision inputs. Runs on the backends of
-    :func:`vq_nearest`; the gather, the loss and the gradients are torch operations.
+    Products, sums and losses are computed in float32 for half-precision inputs, in an order that follows from
+    the shapes alone: the same bits for any number of threads. The gradient of the codebook is summed as
+    :func:`codebook_statistics` sums; nothing of the size [N, K] is made.
+
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), one native call forward and one backward; ``reference``, which
+    searches on the backend of :func:`vq_nearest`.
 
     Args:
         x: [*, D], or with D along ``dim``; float32, float16, bfloat16 or float64.

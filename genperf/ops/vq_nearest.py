@@ -22,7 +22,7 @@ __all__ = ["VqNearest", "vq_nearest"]
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 LARGEST_K = 64
 _L2, _COSINE, _DOT = METRICS.values()
-_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 1 << 22  # elements of a chunk's score matrix in the reference
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -164,7 +164,7 @@ def _cpu(
 
 
 def _refuses(x: Tensor, codebook: Tensor, *_: Any) -> str | None:
-    if x.dtype not in _NATIVE_DTYPES:
+    if x.dtype not in NATIVE_DTYPES:
         return f"{x.dtype} is left to the reference"
     if x.dim() > 8:
         return f"{x.dim()} dimensions, at most 8"

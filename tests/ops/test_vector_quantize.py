@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from genperf_testing.cases import SHAPES, Case, normals
+from genperf_testing.contract import threads
 
 from genperf.ops import vector_quantize, vq_nearest
 
@@ -245,6 +246,54 @@ def test_zero_vectors(estimator):
     out = vector_quantize(x, torch.cat([torch.zeros(1, 3), torch.ones(1, 3)]), estimator=estimator)
     (grad,) = torch.autograd.grad(out.quantized.sum() + out.loss, x)
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-25, 1e25])
+def test_rotation_of_tiny_and_huge_vectors(scale):
+    tensors = [normals((50, 20), "x") * scale, normals((9, 20), "c") * scale]
+    grads = []
+    for x, codebook in (tensors, [t.double() for t in tensors]):
+        x = x.requires_grad_()
+        out = vector_quantize(x, codebook, estimator="rotation", commitment_weight=0.0)
+        weight = normals((50, 20), "g").to(x)
+        grads.append(torch.autograd.grad((out.quantized * weight).sum(), x)[0])
+    if scale < 1e-40:  # lengths of few bits
+        torch.testing.assert_close(grads[0].double(), grads[1], rtol=0.1, atol=0.1)
+    else:
+        torch.testing.assert_close(grads[0].double(), grads[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sample", "none"])
+def test_same_bits_for_any_threads(reduction, dtype):
+    for shape in ((3, 2000, 24), (300, 7, 5), (2, 4, 3)):
+        x, codebook = normals(shape, "x").to(dtype), normals((37, shape[-1]), "c").to(dtype)
+        mask = normals(shape[:-1], "mask") > -1
+        results = []
+        for count in (1, 2, 5):
+            leaves = x.clone().requires_grad_(), codebook.clone().requires_grad_()
+            with threads(count):
+                out = vector_quantize(
+                    *leaves, mask=mask, reduction=reduction, codebook_weight=1.0, estimator="rotation",
+                    return_usage=True,
+                )  # fmt: skip
+                total = out.loss.sum() + out.quantized.float().square().sum()
+                results.append([*out[:5], *torch.autograd.grad(total, leaves)])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_many_heads_of_few_vectors():
+    x, codebook = normals((40, 3, 6), "x").requires_grad_(), normals((40, 5, 6), "c").requires_grad_()
+    out = vector_quantize(x, codebook, codebook_weight=1.0, reduction="sample", return_usage=True)
+    assert out.loss.shape == (40, 3)
+    grads = torch.autograd.grad(out.loss.sum(), (x, codebook))
+    for h in range(40):
+        one = vector_quantize(x[h], codebook[h], codebook_weight=1.0, reduction="none", return_usage=True)
+        torch.testing.assert_close(out.loss[h], one.loss)
+        assert torch.equal(out.counts[h], one.counts)
+        each = torch.autograd.grad(one.loss.sum(), (x, codebook))
+        torch.testing.assert_close([g[h] for g in grads], [g[h] for g in each])
 
 
 def test_compile_of_a_training_step():

@@ -1,0 +1,72 @@
+// Rows of a tensor [*, D] of any strides and dtype that are written as plain float32.
+#pragma once
+
+#include "../vq_nearest/rows.h"
+
+namespace genperf {
+inline namespace GENPERF_ISA {
+
+class RowsOut {
+ public:
+  explicit RowsOut(const View& v)
+      : data_(v.data), dtype_(v.dtype), dim_(v.shape[v.ndim - 1]), step_(v.stride[v.ndim - 1]), lead_(v) {
+    lead_.ndim = v.ndim - 1;
+    lead_ = collapse(lead_);
+  }
+
+  // Where rows [first, first + n) may be written, `pitch` floats apart: in place, or `buffer` of n dim
+  // floats.
+  float* open(int64_t first, int n, float* buffer, int64_t& pitch) const {
+    if (dtype_ == DType::kFloat32 && step_ == 1) {
+      const Position at(lead_, first);
+      pitch = lead_.stride[lead_.ndim - 1];
+      if (n <= at.run) return static_cast<float*>(data_) + at.offset;
+    }
+    pitch = dim_;
+    return buffer;
+  }
+
+  // Writes back what `open` gave out as `buffer`.
+  void close(int64_t first, int n, const float* rows, const float* buffer) const {
+    if (rows != buffer) return;
+    Position at(lead_, first);
+    const int64_t stride = lead_.stride[lead_.ndim - 1];
+    for (int r = 0; r < n;) {
+      const int count = at.run < n - r ? static_cast<int>(at.run) : n - r;
+      const float* from = rows + r * dim_;
+      if (step_ == 1 || count == 1) {
+        for (int i = 0; i < count; ++i) write(from + i * dim_, dim_, at.offset + i * stride, step_);
+      } else {
+        float column[Rows::kMost];
+        for (int64_t d = 0; d < dim_; ++d) {
+          for (int i = 0; i < count; ++i) column[i] = from[i * dim_ + d];
+          write(column, count, at.offset + d * step_, stride);
+        }
+      }
+      r += count;
+      at.next_run(lead_);
+    }
+  }
+
+ private:
+  void write(const float* from, int64_t n, int64_t offset, int64_t stride) const {
+    if (dtype_ != DType::kFloat32) {
+      narrow(from, static_cast<int>(n), dtype_, static_cast<uint16_t*>(data_) + offset, stride);
+      return;
+    }
+    float* to = static_cast<float*>(data_) + offset;
+    if (stride == 1) {
+      std::memcpy(to, from, n * sizeof(float));
+    } else {
+      for (int64_t i = 0; i < n; ++i) to[i * stride] = from[i];
+    }
+  }
+
+  void* data_;
+  DType dtype_;
+  int64_t dim_, step_;
+  View lead_;
+};
+
+}  // namespace GENPERF_ISA
+}  // namespace genperf

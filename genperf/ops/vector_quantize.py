@@ -230,8 +230,8 @@ def vector_quantize(
     the shapes alone: the same bits for any number of threads. The gradient of the codebook is summed as
     :func:`codebook_statistics` sums; nothing of the size [N, K] is made.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512), one native call forward and one backward; ``reference``, which
-    searches on the backend of :func:`vq_nearest`.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), one native call forward and one backward;
+    ``reference``, which searches on the backend of :func:`vq_nearest`.
 
     Args:
         x: [*, D], or with D along ``dim``; float32, float16, bfloat16 or float64.

@@ -2,6 +2,13 @@
 
 from genperf.nn.diagonal_gaussian import DiagonalGaussian
 from genperf.nn.masked_conv import MaskedConv2d
-from genperf.nn.vector_quantize import GroupedResidualVQ, ResidualVQ, VectorQuantize
+from genperf.nn.vector_quantize import GroupedResidualVQ, ResidualVQ, ShardedCodebook, VectorQuantize
 
-__all__ = ["DiagonalGaussian", "GroupedResidualVQ", "MaskedConv2d", "ResidualVQ", "VectorQuantize"]
+__all__ = [
+    "DiagonalGaussian",
+    "GroupedResidualVQ",
+    "MaskedConv2d",
+    "ResidualVQ",
+    "ShardedCodebook",
+    "VectorQuantize",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -57,9 +57,7 @@ def rank(group: str | None) -> int:
 def gather(values: Sequence[int], device: torch.device, group: str | None) -> list[list[int]]:
     """The integers of every process, in the order of ranks. Reads them on the host."""
     own = torch.tensor(values, dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(own) for _ in range(world_size(group))]
-    dist.all_gather(everyone, own, group=resolve(group))
-    return torch.stack(everyone).tolist()
+    return torch.stack(all_gather(own, group)).tolist()
 
 
 def check_agreement(
@@ -70,13 +68,25 @@ def check_agreement(
     The first value tells how many others there are.
     """
     for names in (list(properties)[:1], list(properties)[1:]):
-        everyone = gather([properties[name] for name in names], device, group)
-        for name, *values in zip(names, *everyone, strict=True):
-            if len(set(values)) > 1:
-                raise ValueError(
-                    f"{what}: {name} is {', '.join(map(str, values))} on ranks 0 to {len(values) - 1}, "
-                    "expected the same on all"
-                )
+        compare(names, gather([properties[name] for name in names], device, group), what)
+
+
+def compare(names: Iterable[str], everyone: Sequence[Sequence[int]], what: str) -> None:
+    """Raise ValueError unless the processes, whose values by name these are, have the same."""
+    for name, *values in zip(names, *everyone, strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"{what}: {name} is {', '.join(map(str, values))} on ranks 0 to {len(values) - 1}, "
+                "expected the same on all"
+            )
+
+
+def all_gather(tensor: Tensor, group: str | None) -> list[Tensor]:
+    """The tensors of all processes, of one shape, in the order of ranks."""
+    tensor = tensor.contiguous()
+    everyone = [torch.empty_like(tensor) for _ in range(world_size(group))]
+    dist.all_gather(everyone, tensor, group=resolve(group))
+    return everyone
 
 
 def all_reduce(tensors: Sequence[Tensor], group: str | None) -> list[Tensor]:

@@ -149,7 +149,13 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def observe(
-        self, x: Tensor, indices: Tensor, valid: Tensor, dim: int, part: tuple[int, int] = (0, 1)
+        self,
+        x: Tensor,
+        indices: Tensor,
+        valid: Tensor,
+        dim: int,
+        part: tuple[int, int] = (0, 1),
+        offered: Tensor | None = None,
     ) -> Statistics:
         """The statistics of this process.
 
@@ -158,10 +164,12 @@ class Codebook(nn.Module):
             indices: int64 [heads, *], the shape of x without ``dim``.
             valid: bool, likewise, of :meth:`valid`.
             part: (number, of how many) of the stages that share the codebook.
+            offered: the vectors that may replace codewords, where not ``valid``.
         """
         x = x.detach()
         counts, sums = codebook_statistics(x, indices, self.codebook_size, dim=dim, mask=valid, heads=True)
-        return self.with_rows(counts, sums, valid, part, lambda position: take_valid(x, valid, position, dim))
+        there = valid if offered is None else offered
+        return self.with_rows(counts, sums, there, part, lambda position: take_valid(x, there, position, dim))
 
     def with_rows(
         self,
@@ -208,23 +216,26 @@ class Codebook(nn.Module):
         return torch.where(self.step > 0, filled, 1.0).to(self.cluster_size.dtype)
 
     @torch.no_grad()
-    def absorb(self, statistics: Sequence[Statistics]) -> None:
+    def absorb(self, statistics: Sequence[Statistics], counted: Tensor | None = None) -> None:
         """Change averages and codewords by the statistics of all processes.
 
         Several at once are those of the stages that share the codebook, which the averages take one after
         another. Where no vector was counted, nothing changes. An unused codeword gets a vector of the batch,
         and its averages what they would be if it had been chosen ``reset_cluster_size`` times.
+
+        Args:
+            counted: bool [], whether there were vectors, where the counts do not tell.
         """
         wide = torch.promote_types(self.embed.dtype, torch.float32)
         size, average, embed = self.cluster_size.to(wide), self.embed_avg.to(wide), self.embed.to(wide)
         seen = torch.zeros_like(self.initted)
         for one in statistics:
-            counted = one.counts.sum() > 0
-            weight = torch.where(counted, 1 - self.decay, 0.0).to(wide)
+            there = one.counts.sum() > 0 if counted is None else counted
+            weight = torch.where(there, 1 - self.decay, 0.0).to(wide)
             size = size.lerp(one.counts.to(wide), weight)
             average = average.lerp(one.sums.to(wide), weight)
-            self.step.add_(counted)
-            seen = seen | counted
+            self.step.add_(there)
+            seen = seen | there
         filled = self._debias().to(wide) if self.zero_debias else 1.0
         true_size = size / filled
         if self.ema_update:

@@ -27,6 +27,7 @@ def measure(p_x, s_x, p_c, s_c, D, METRIC: tl.constexpr, BLOCK_D: tl.constexpr):
     """What orders codewords by their distance, and its error bound."""
     value = tl.zeros([BLOCK_D], tl.float64)
     size = tl.zeros([BLOCK_D], tl.float64)
+    square = tl.zeros([BLOCK_D], tl.float64)
     for d in range(0, D, BLOCK_D):
         i_d = d + tl.arange(0, BLOCK_D).to(tl.int64)
         b_x = load_doubles(p_x, s_x, i_d, D)
@@ -36,10 +37,17 @@ def measure(p_x, s_x, p_c, s_c, D, METRIC: tl.constexpr, BLOCK_D: tl.constexpr):
         else:
             value -= b_x * b_c
             size += tl.abs(b_x * b_c)
+        if METRIC == COSINE:
+            square += b_c * b_c
     if METRIC == L2:
         size = value
     unit = (tl.zeros([], tl.float64) + D + 16) * 2.220446049250313e-16
-    return tl.sum(value, axis=0), tl.sum(size, axis=0) * unit
+    result, bound = tl.sum(value, axis=0), tl.sum(size, axis=0) * unit
+    if METRIC == COSINE:
+        length = tl.sqrt(tl.sum(square, axis=0))
+        length = tl.where(length == 0.0, 1.0, length)  # of products that are 0 as well
+        result, bound = result / length, bound / length
+    return result, bound
 
 
 @triton.jit
@@ -56,8 +64,7 @@ def digits_of(term, digit):
 
 
 @triton.jit
-def compare(p_x, s_x, p_a, p_b, s_c, D, METRIC: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The sign of the difference of the distances of a and b from x: negative where a is nearer."""
+def _compare_sums(p_x, s_x, p_a, p_b, s_c, D, METRIC: tl.constexpr, BLOCK_D: tl.constexpr):
     carry = tl.zeros([], tl.int64)
     nonzero = tl.zeros([], tl.int64)
     for digit in range(DIGITS):
@@ -75,6 +82,65 @@ def compare(p_x, s_x, p_a, p_b, s_c, D, METRIC: tl.constexpr, BLOCK_D: tl.conste
         nonzero = nonzero | (carry & 0xFFFFFFFF)
         carry = carry >> 32
     return tl.where(carry < 0, -1, tl.where((carry | nonzero) == 0, 0, 1))
+
+
+@triton.jit
+def _sign_and_digits(p_x, s_x, p_y, s_y, D, BLOCK_D: tl.constexpr):
+    """The sign of x.y, and the digits of its absolute value: [64], the lowest first."""
+    i_digit = tl.arange(0, 64)
+    digits = tl.zeros([64], tl.int64)
+    sign = tl.full([], 1, tl.int64)
+    for _ in range(2):  # the first time for the sign
+        carry = tl.zeros([], tl.int64)
+        for digit in range(DIGITS):
+            for d in range(0, D, BLOCK_D):
+                i_d = d + tl.arange(0, BLOCK_D).to(tl.int64)
+                terms = load_doubles(p_x, s_x, i_d, D) * load_doubles(p_y, s_y, i_d, D)
+                carry += sign * tl.sum(digits_of(terms, digit), axis=0)
+            digits = tl.where(i_digit == digit, carry & 0xFFFFFFFF, digits)
+            carry = carry >> 32
+        sign = tl.where(carry < 0, -sign, sign)
+    return tl.where(tl.sum(digits, axis=0) == 0, 0, sign), digits
+
+
+@triton.jit
+def _product(a, b):
+    """Digits of the product of natural numbers, [64] each."""
+    i_digit = tl.arange(0, 64)
+    digits = tl.zeros([64], tl.int64)
+    carry = tl.zeros([], tl.int64)
+    for k in range(64):
+        other = tl.gather(b, tl.maximum(k - i_digit, 0), 0)
+        terms = tl.where(i_digit <= k, a, 0).to(tl.uint64) * other.to(tl.uint64)
+        carry += tl.sum((terms & 0xFFFFFFFF).to(tl.int64), axis=0)
+        digits = tl.where(i_digit == k, carry & 0xFFFFFFFF, digits)
+        carry = (carry >> 32) + tl.sum((terms >> 32).to(tl.int64), axis=0)
+    return digits
+
+
+@triton.jit
+def _compare_cosines(p_x, s_x, p_a, p_b, s_c, D, BLOCK_D: tl.constexpr):
+    """By the signs of x.a and x.b and, where these agree, by (x.a)^2 |b|^2 and (x.b)^2 |a|^2."""
+    sign_a, xa = _sign_and_digits(p_x, s_x, p_a, s_c, D, BLOCK_D)
+    sign_b, xb = _sign_and_digits(p_x, s_x, p_b, s_c, D, BLOCK_D)
+    _, aa = _sign_and_digits(p_a, s_c, p_a, s_c, D, BLOCK_D)
+    _, bb = _sign_and_digits(p_b, s_c, p_b, s_c, D, BLOCK_D)
+    difference = _product(_product(xa, xa), bb) - _product(_product(xb, xb), aa)
+    i_digit = tl.arange(0, 64)
+    highest = tl.max(tl.where(difference != 0, i_digit, 0), axis=0)
+    larger = tl.sum(tl.where(i_digit == highest, difference, 0), axis=0)
+    order = tl.where(larger == 0, 0, tl.where(larger > 0, -sign_a, sign_a))
+    return tl.where(sign_a == sign_b, order, sign_b - sign_a)
+
+
+@triton.jit
+def compare(p_x, s_x, p_a, p_b, s_c, D, METRIC: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sign of the difference of the distances of a and b from x: negative where a is nearer."""
+    if METRIC == COSINE:
+        order = _compare_cosines(p_x, s_x, p_a, p_b, s_c, D, BLOCK_D)
+    else:
+        order = _compare_sums(p_x, s_x, p_a, p_b, s_c, D, METRIC, BLOCK_D)
+    return order
 
 
 @triton.jit

@@ -6,15 +6,17 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._vq_exact import L2
+from ._vq_exact import COSINE, L2
 
 FAR = tl.constexpr(2.0**60)  # first term of a codeword that must not be found
+FOLDED = 3  # dimensions added where the first terms are folded into the products
+LARGE = tl.constexpr(60000.0)  # the third of these, of every vector and, negative, of what must not be found
 
 
 class Words(NamedTuple):
     """The codebook [heads, K, D] made ready; everything is on its device."""
 
-    half: Tensor  # [heads, K_PADDED, PADDED] float16: (c - mean) step
+    half: Tensor  # [heads, K_PADDED, PADDED] float16: (c - mean) step, of c / |c| for the cosine; see fold
     first: Tensor  # [heads, K_PADDED] float32: half the squared norm, FAR where it must not be found
     mean: Tensor  # [heads, D] float32
     facts: (
@@ -33,13 +35,16 @@ def _repeated(bits: Tensor) -> Tensor:
     return torch.zeros_like(key, dtype=torch.bool).scatter(1, order[:, 1:], same)
 
 
-def prepare(codebook: Tensor, metric: int, padded: int, block_k: int) -> Words:
+def prepare(codebook: Tensor, metric: int, padded: int, block_k: int, folded: bool = False) -> Words:
     heads, n_words, dim = codebook.shape
     usable = codebook.isfinite().all(2)
     zero = torch.where(usable[:, :, None], codebook, 0.0)
     plain = zero.float() + 0.0  # 0 and -0 are one number
     sought = usable & ~_repeated(torch.where(usable[:, :, None], plain, torch.inf).view(torch.int32).long())
     words, number = zero.double(), usable.sum(1).clamp(min=1)
+    if metric == COSINE.value:
+        length = words.norm(dim=2, keepdim=True)
+        words = words / torch.where(length == 0, 1.0, length)
     mean = (words.sum(1) / number[:, None]).float()
     words = torch.where(sought[:, :, None], words - mean[:, None].double(), 0.0)
     exponent = words.abs().amax((1, 2)).frexp().exponent.clamp(-126, 126)
@@ -62,4 +67,17 @@ def prepare(codebook: Tensor, metric: int, padded: int, block_k: int) -> Words:
         ],
         1,
     )
+    if folded:
+        _fold(half, first, dim)
     return Words(half, first, mean, facts.float(), usable, usable.int().argmax(1))
+
+
+def _fold(half: Tensor, first: Tensor, dim: int) -> None:
+    """First terms as products of dimensions beyond the last: two float16 numbers, and LARGE for FAR."""
+    far = first == FAR.value
+    term = torch.where(far, 0.0, -first)
+    high = term.half()
+    half[:, :, dim] = high
+    half[:, :, dim + 1] = term - high.float()
+    half[:, :, dim + 2] = torch.where(far, -LARGE.value, 0.0)
+    first.zero_()

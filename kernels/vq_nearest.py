@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import LAUNCH, Example, offset_of, on_device_of
-from ._vq_exact import DOT, L2, measure, rank_kernel
-from ._vq_words import FAR, prepare
+from ._vq_exact import COSINE, DOT, L2, measure, rank_kernel
+from ._vq_search import NUMBERS, scores, search_kernel, tiny_search_kernel
+from ._vq_words import FAR, FOLDED, LARGE, prepare
 
 CANDIDATES = 16  # of a vector that are ranked by name; beyond that, the whole codebook is
 SCALES = tl.constexpr(2.0**40)  # of a vector, at most, and its inverse at least
@@ -26,7 +27,7 @@ SEARCHED, ALL, ALIKE, NOT_FINITE = (tl.constexpr(i) for i in range(4))
 @triton.jit
 def _vectors_kernel(
     p_x, p_mean, p_facts, p_half, p_scale, p_slack, p_kind, sizes, strides, s_d, N, D, PADDED,
-    METRIC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    METRIC: tl.constexpr, FOLDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Vectors as float16 [heads, N, PADDED], and twice the error bound of their scores."""
     i_head = tl.program_id(1).to(tl.int64)
@@ -49,6 +50,11 @@ def _vectors_kernel(
     scale = ((254 - (largest.to(tl.int32, bitcast=True) >> 23)) << 23).to(tl.float32, bitcast=True)
     if METRIC == L2:
         scale = tl.minimum(tl.maximum(scale, 1.0 / SCALES), SCALES)
+        if FOLDS:  # the scale is a factor in float16
+            scale = tl.minimum(tl.maximum(scale, 2.0**-24), 2.0**15)
+    factor = tl.full([BLOCK_R], 1.0, tl.float32)  # of the first terms, all 0 or FAR for products
+    if METRIC == L2:
+        factor = scale
     square = tl.zeros([BLOCK_R], tl.float32)
     lost = tl.zeros([BLOCK_R], tl.float32)
     for d in range(0, PADDED, BLOCK_D):
@@ -60,23 +66,32 @@ def _vectors_kernel(
         b_x = tl.where(m, b_x * scale[:, None], 0.0)
         b_half = b_x.to(tl.float16)
         i_out = (i_head * N + i_r)[:, None] * PADDED + i_d[None, :]
-        tl.store(p_half + i_out, b_half, mask=(i_r < N)[:, None] & (i_d < PADDED)[None, :])
+        b_out = b_half
+        if FOLDS:
+            b_out = tl.where(
+                (i_d == D)[None, :] | (i_d == D + 1)[None, :], factor[:, None].to(tl.float16), b_out
+            )
+            b_out = tl.where((i_d == D + 2)[None, :], tl.full([], LARGE, tl.float16), b_out)
+        tl.store(p_half + i_out, b_out, mask=(i_r < N)[:, None] & (i_d < PADDED)[None, :])
         b_half = b_half.to(tl.float32)
         square += tl.sum(b_half * b_half, axis=1)
         lost += tl.sum((b_x - b_half) * (b_x - b_half), axis=1)
     # Sums of squares in float32 are off by less than 1 % for any D that fits in memory.
     norm = 1.01 * tl.sqrt_rn(square) + 1e-16
     lost = 1.01 * tl.sqrt_rn(lost) + 2.4e-7 * norm + 1e-16
-    factor = tl.full([BLOCK_R], 1.0, tl.float32)  # of the first terms, all 0 or FAR for products
-    if METRIC == L2:
-        factor = scale
     most = norm * longest_half + factor * most_square  # of the magnitudes of scores
-    of_sums = (tl.zeros([BLOCK_R], tl.float32) + D + 8) * 2.4e-7
-    of_column = BLOCK_K * 1.2e-7  # which replaces the last bits of a score
-    bound = lost * longest + norm * error + (of_sums + of_column) * most
+    of_sums = (tl.zeros([BLOCK_R], tl.float32) + D + 12) * 2.4e-7
+    of_number = NUMBERS * 1.2e-7  # which replaces the last bits of a score
+    bound = lost * longest + norm * error + (of_sums + of_number) * most
+    far = factor * FAR
+    if FOLDS:
+        bound += factor * (2.4e-7 * most_square + 6e-8)
+        far = tl.full([BLOCK_R], LARGE * LARGE, tl.float32)
+    if METRIC == COSINE:  # the error of c / |c| in float64
+        bound += (tl.zeros([BLOCK_R], tl.float32) + D + 8) * 2.3e-16 * norm * step
     slack = 2.02 * bound + 1e-30
-    kind = tl.where(4.0 * (most + slack) < factor * FAR, SEARCHED, ALL)
-    if METRIC == DOT:
+    kind = tl.where(4.0 * (most + slack) < far, SEARCHED, ALL)
+    if METRIC != L2:
         kind = tl.where(largest == 0.0, ALIKE, kind)
     kind = tl.where(tl.load(p_facts + 5) == 0.0, ALIKE, kind)
     kind = tl.where(bad != 0, NOT_FINITE, kind)
@@ -84,64 +99,6 @@ def _vectors_kernel(
     tl.store(p_scale + i_row, factor, mask=i_r < N)
     tl.store(p_slack + i_row, slack, mask=i_r < N)
     tl.store(p_kind + i_row, kind, mask=i_r < N)
-
-
-@triton.jit
-def _scores(
-    p_rows, p_words, b_first, m_r, PADDED,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_N, BLOCK_K] of the product of rows at p_rows [BLOCK_N] and codewords from p_words."""
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for d in range(0, PADDED, BLOCK_D):
-        i_d = d + tl.arange(0, BLOCK_D)
-        b_x = tl.load(p_rows[:, None] + i_d[None, :], mask=m_r[:, None], other=0.0)
-        b_c = tl.load(p_words + tl.arange(0, BLOCK_K).to(tl.int64)[None, :] * PADDED + i_d[:, None])
-        acc = tl.dot(b_x, b_c, acc, input_precision="ieee")
-    return acc - b_first
-
-
-@triton.jit
-def _search_kernel(
-    p_half, p_words, p_first, p_scale, p_best, p_index, p_second, N, K_PADDED, PADDED, n_blocks,
-    WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The best and the second best score of each vector among a part of the codebook: [parts, heads N]."""
-    i_head = tl.program_id(2).to(tl.int64)
-    i_r = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_r = i_r < N
-    i_row = i_head * N + i_r
-    scale = tl.load(p_scale + i_row, mask=m_r, other=1.0)
-    p_rows = p_half + i_row * PADDED
-    i_column = tl.arange(0, BLOCK_K)
-    best = tl.full([BLOCK_N], -3.0e38, tl.float32)
-    second = best
-    index = tl.zeros([BLOCK_N], tl.int32)
-    if WHOLE:
-        i_d = tl.arange(0, BLOCK_D)
-        b_x = tl.load(p_rows[:, None] + i_d[None, :], mask=m_r[:, None], other=0.0)
-    start = tl.program_id(1) * n_blocks * BLOCK_K
-    for k in range(start, tl.minimum(start + n_blocks * BLOCK_K, K_PADDED), BLOCK_K):
-        p_block = p_words + (i_head * K_PADDED + k) * PADDED
-        b_first = tl.load(p_first + i_head * K_PADDED + k + i_column)[None, :] * scale[:, None]
-        if WHOLE:
-            b_c = tl.load(p_block + i_column.to(tl.int64)[None, :] * PADDED + i_d[:, None])
-            b_s = tl.dot(b_x, b_c, input_precision="ieee") - b_first
-        else:
-            b_s = _scores(p_rows, p_block, b_first, m_r, PADDED, BLOCK_N, BLOCK_K, BLOCK_D)
-        # The column in the last bits makes every score of a row another, and the best one's column known.
-        b_bits = (b_s.to(tl.int32, bitcast=True) & (-BLOCK_K)) | i_column[None, :]
-        b_s = b_bits.to(tl.float32, bitcast=True)  # [BLOCK_N, BLOCK_K]
-        here = tl.max(b_s, axis=1)
-        next_here = tl.max(tl.where(b_s == here[:, None], -3.0e38, b_s), axis=1)
-        second = tl.maximum(tl.maximum(second, next_here), tl.minimum(best, here))
-        column = here.to(tl.int32, bitcast=True) & (BLOCK_K - 1)
-        index = tl.where(here > best, k + column, index)
-        best = tl.maximum(best, here)
-    at = tl.program_id(1).to(tl.int64) * tl.num_programs(2) * N + i_row
-    tl.store(p_best + at, best, mask=m_r)
-    tl.store(p_index + at, index, mask=m_r)
-    tl.store(p_second + at, second, mask=m_r)
 
 
 @triton.jit
@@ -198,7 +155,7 @@ def _collect_kernel(
     for k in range(0, K_PADDED, BLOCK_K):
         p_block = p_words + (i_head * K_PADDED + k) * PADDED
         b_first = tl.load(p_first + i_head * K_PADDED + k + i_column)[None, :] * scale[:, None]
-        b_s = _scores(p_rows, p_block, b_first, m_r, PADDED, BLOCK_N, BLOCK_K, BLOCK_D)
+        b_s = scores(p_rows, p_block, b_first, m_r, PADDED, BLOCK_N, BLOCK_K, BLOCK_D)
         reached = tl.sum((b_s >= threshold[:, None]).to(tl.int32), axis=1)
         for _ in range(tl.max(reached, axis=0)):
             # Of each vector the first that is left.
@@ -221,6 +178,9 @@ def _distances_kernel(
     p_vector = p_x + offset_of(i_head, i_row - i_head * N, sizes, strides)
     p_word = p_codebook + i_head * s_head + k * s_k
     value, _ = measure(p_vector, s_d, p_word, s_cd, D, METRIC, BLOCK_D)
+    if METRIC == COSINE:
+        square, _ = measure(p_vector, s_d, p_vector, s_d, D, DOT, BLOCK_D)
+        value = tl.maximum(1.0 + value / tl.where(square == 0.0, 1.0, tl.sqrt(-square)), 0.0)
     usable = (tl.load(p_usable + i_head * K + k) != 0) & (tl.load(p_kind + i_row) != NOT_FINITE)
     tl.store(p_distances + i_row, tl.where(usable, value + 0.0, float("nan")).to(tl.float32))
 
@@ -246,7 +206,7 @@ def _processors(x: Tensor) -> int:
 def vq_nearest(
     x: Tensor, codebook: Tensor, metric: int, k: int, want_distances: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The torch op ``genperf::vq_nearest`` for k = 1, by distance or product."""
+    """The torch op ``genperf::vq_nearest`` for k = 1."""
     heads, n_words, dim = codebook.shape
     shape, n = [*x.shape[:-1], 1], x[0].numel() // dim if heads else 0
     rows = heads * n
@@ -255,17 +215,23 @@ def vq_nearest(
     if rows == 0:
         return out, distances
 
-    padded = max(16, triton.next_power_of_2(dim)) if dim <= 256 else -(-dim // 128) * 128
+    tiny = dim + FOLDED <= 32
+    padded = -(-dim // 128) * 128
+    if dim <= 256:
+        padded = max(16, triton.next_power_of_2(dim + FOLDED * tiny))
     block_d, block_k = (padded, 128) if padded <= 256 else (128, 128)
     block_n = 128 if n > 64 else max(16, triton.next_power_of_2(n))
-    words = prepare(codebook, metric, padded, block_k)
+    words = prepare(codebook, metric, padded, block_k, tiny)
     sizes, strides = _collapsed(x)
     half = x.new_empty(heads, n, padded, dtype=torch.float16)
     scale, slack, threshold = (x.new_empty(rows, dtype=torch.float32) for _ in range(3))
     kind = x.new_empty(rows, dtype=torch.int32)
-    blocks_k, blocks_n = words.first.shape[1] // block_k, triton.cdiv(n, block_n)
+    searched_k = 64 if tiny else block_k
+    blocks_k, blocks_n = words.first.shape[1] // searched_k, triton.cdiv(n, block_n)
     parts = max(1, min(blocks_k, 2 * _processors(x) // (blocks_n * heads)))
     n_blocks = triton.cdiv(blocks_k, parts)
+    if tiny:
+        n_blocks = min(n_blocks, NUMBERS.value)
     parts = triton.cdiv(blocks_k, n_blocks)
     best, second = (x.new_empty(parts, rows, dtype=torch.float32) for _ in range(2))
     index = x.new_empty(parts, rows, dtype=torch.int32)
@@ -280,12 +246,18 @@ def vq_nearest(
     with on_device_of(x):
         _vectors_kernel[(triton.cdiv(n, 16), heads)](
             x, words.mean, words.facts, half, scale, slack, kind, sizes, strides, x.stride(-1), n, dim,
-            padded, METRIC=metric, BLOCK_R=16, BLOCK_D=min(128, padded), BLOCK_K=block_k, **LAUNCH,
+            padded, METRIC=metric, FOLDS=tiny, BLOCK_R=16, BLOCK_D=min(128, padded), **LAUNCH,
         )  # fmt: skip
-        _search_kernel[(blocks_n, parts, heads)](
-            half, words.half, words.first, scale, best, index, second, n, words.first.shape[1], padded,
-            n_blocks, WHOLE=padded <= 256, num_stages=2, **blocks, **launch,
-        )  # fmt: skip
+        if tiny:
+            tiny_search_kernel[(blocks_n, parts, heads)](
+                half, words.half, best, index, second, n, words.first.shape[1], n_blocks, PADDED=padded,
+                BLOCK_N=block_n, BLOCK_K=searched_k, num_stages=2, **launch,
+            )  # fmt: skip
+        else:
+            search_kernel[(blocks_n, parts, heads)](
+                half, words.half, words.first, scale, best, index, second, n, words.first.shape[1], padded,
+                n_blocks, WHOLE=padded <= 256, num_stages=2, **blocks, **launch,
+            )  # fmt: skip
         _settle_kernel[(triton.cdiv(rows, 256),)](
             best, index, second, slack, kind, words.usable_first, out, threshold, listed, count, found,
             rows, n, parts, CANDIDATES=CANDIDATES, BLOCK=256, **LAUNCH,
@@ -321,7 +293,9 @@ def _example(n: int, n_words: int, dim: int, metric: int = 0, dtype: torch.dtype
 AOT = {
     "64": Example(partial(_example, 16384, 512, 64), wide=False, quick=True),
     "256": Example(partial(_example, 262144, 8192, 256), wide=False),
-    "8": Example(partial(_example, 1 << 20, 16384, 8), wide=False),
+    "8": Example(partial(_example, 1 << 20, 16384, 8), wide=False, quick=True),
+    "24, cosine": Example(partial(_example, 4096, 1024, 24, COSINE.value), wide=False),
+    "128, cosine": Example(partial(_example, 4096, 1024, 128, COSINE.value), wide=False),
     "1024, product": Example(partial(_example, 4096, 1024, 1024, DOT.value), wide=False),
     "one vector, bfloat16": Example(partial(_example, 1, 8192, 256, 0, torch.bfloat16), wide=False),
 }

@@ -173,10 +173,11 @@ def test_the_search_for_codewords_uses_tensor_cores(quick):
         90: r"wgmma\.mma_async\S*\.f32\.f16\.f16",
         100: r"tcgen05\.mma\S*::f16",
     }
-    searches = [k for k in quick["kernels"] if k["kernel"] == "_search_kernel"]
-    assert {k["capability"] for k in searches} == set(CAPABILITIES)
-    for kernel in searches:
-        assert re.search(instructions[kernel["capability"]], kernel["ptx"]), kernel["capability"]
+    for name in ("search_kernel", "tiny_search_kernel"):
+        searches = [k for k in quick["kernels"] if k["kernel"] == name]
+        assert {k["capability"] for k in searches} == set(CAPABILITIES)
+        for kernel in searches:
+            assert re.search(instructions[kernel["capability"]], kernel["ptx"]), (name, kernel["capability"])
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ __all__ = ["VqNearest", "vq_nearest"]
 
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 LARGEST_K = 64
-_L2, _COSINE, _DOT = METRICS.values()
+_L2, _, _DOT = METRICS.values()
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 1 << 22  # elements of a chunk's score matrix in the reference
 _TINY = torch.finfo(torch.float64).tiny
@@ -178,8 +178,6 @@ def _triton(*args: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _refuses_triton(x: Tensor, codebook: Tensor, metric: int, k: int, *_: Any) -> str | None:
-    if metric == _COSINE:
-        return "the exact comparison of cosines is not written for it"
     return "it finds one codeword alone" if k > 1 else _refuses(x, codebook)
 
 
@@ -216,9 +214,9 @@ def vq_nearest(
     best, and only these are ranked again in float64 and, where that cannot tell them apart, in exact integers
     (docs/vector_quantization.md). The matrix [N, K] of distances is never made.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton`` for one codeword by "l2" or "dot"; ``reference``
-    (float64 in torch, with a look at the host) for the rest. There is no CUDA C++ kernel: a product of
-    matrices in float16 with a short epilogue is what Triton is made for.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton`` for one codeword; ``reference`` (float64 in torch,
+    with a look at the host) for the rest. There is no CUDA C++ kernel: a product of matrices in float16 with
+    a short epilogue is what Triton is made for.
 
     A vector with a NaN or an infinity has no nearest codeword: its index is 0 (0, 1, ... for ``k``), and its
     distance is NaN. A codeword with one is never chosen; where nothing else is left its distance is NaN.

@@ -47,6 +47,18 @@ def test_sizes(backend, n, n_words, dim):
     assert torch.equal(index[certain], expected[certain])
 
 
+@pytest.mark.parametrize("backend", TRITON, indirect=True)
+@pytest.mark.parametrize("processors", [1, 2])
+@pytest.mark.parametrize("dim", [6, 13, 14, 29, 30])
+def test_parts_of_the_codebook(backend, monkeypatch, processors, dim):
+    """On a GPU of few processors one program looks at several blocks of codewords."""
+    monkeypatch.setattr("genperf.kernels.vq_nearest._processors", lambda x: processors)
+    x, codebook = (normals(shape, "p").to(backend.device) for shape in ((20, dim), (700, dim)))
+    expected, certain = _float64(x, codebook)
+    assert certain.all()
+    assert torch.equal(vq_nearest(x, codebook).indices, expected)
+
+
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize(("n", "n_words", "dim"), [(60, 600, 20), (10, 3000, 40), (100, 5000, 2)])
 @pytest.mark.parametrize("factor", [1e3, 1e6, 1e12, 1e25])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from genperf.nn.vector_quantize._sampling import take_valid
+from genperf.nn.vector_quantize._snapshot import snapshots
 from genperf.nn.vector_quantize.codebook import Codebook, Statistics
 from genperf.nn.vector_quantize.vector_quantize import VectorQuantize
 from genperf.ops.residual_codebook_statistics import residual_codebook_statistics
@@ -53,7 +54,7 @@ def quantize_at_once(
     routed = training and layer.route_gradients_to_input
     books = [[one._codebook.embed[0].detach().to(x.dtype) for one in stages] for stages in groups]
     if updates and torch.is_grad_enabled() and x.requires_grad:
-        books = [[one.clone() for one in stages] for stages in books]  # for the backward pass
+        books = [snapshots(stages) for stages in books]  # the backward pass reads them, after the update
     quantized, indices, losses = residual_vector_quantize(
         x if training else x.detach(),
         books,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genperf.nn.vector_quantize import _checks
+from genperf.nn.vector_quantize._snapshot import snapshots
 from genperf.nn.vector_quantize.codebook import Codebook, Statistics, update
 from genperf.ops.vector_quantize import vector_quantize
 
@@ -246,7 +247,7 @@ class VectorQuantize(nn.Module):
             book.initialise(one_book(x), valid, dim + (not separate))
         embed = book.embed if separate else book.embed[0]
         if training and torch.is_grad_enabled():
-            embed = embed.clone()  # the backward pass reads it, after the update
+            (embed,) = snapshots([embed])  # the backward pass reads it, after the update
         if frozen:
             embed = embed.detach()
         quantized, indices, loss = self._search(x, embed.to(x.dtype), mask, dim)

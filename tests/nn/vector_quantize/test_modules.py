@@ -72,6 +72,21 @@ def test_compiled(make):
         assert equal(compiled(x), module(x))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "learned", "residual of cosines", "grouped"])
+def test_gradients_compiled_by_inductor(name):
+    """They are by the codewords before the update, which inductor would read after it."""
+    torch._dynamo.reset()
+    module = made(MODULES[name])
+    twin = copy.deepcopy(module)
+    compiled = torch.compile(twin, fullgraph=True)
+    for seed in range(2):
+        twin.load_state_dict(module.state_dict())
+        actual, expected = step(twin, seed, compiled), step(module, seed)
+        for one, other in zip(actual[:4], expected[:4], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 class HostReads(TorchDispatchMode):
     """Counts what would wait for a GPU."""
 

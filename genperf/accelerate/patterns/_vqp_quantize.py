@@ -185,7 +185,7 @@ def quantizer_forward(forward: FunctionType, codebook: type, samples: bool) -> F
         wide = vectors.float()
         embed = _codewords(library, codebook, wide.detach(), mask)
         updates = codebook.training and not freeze
-        if updates and (vectors.requires_grad or embed.requires_grad):
+        if self.training and (vectors.requires_grad or embed.requires_grad):
             embed = snapshot(embed)  # what backward reads is not to change with the codebook
         metric = "dot" if codebook.use_cosine_sim else "l2"
         words = embed if codebook.num_codebooks > 1 else embed[0]

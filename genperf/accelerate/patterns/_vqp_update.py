@@ -127,8 +127,7 @@ def update_statistics(
     weight: Any = None, accumulate: bool = False, ema_update: bool | None = None,
 ) -> None:  # fmt: skip
     """``Codebook.update_codebook``, by indices instead of one-hot vectors; vectors carry no gradient."""
-    ema_update = codebook.ema_update if ema_update is None else ema_update
-    if not ema_update and not codebook.has_dead_code_replacement:
+    if not changes(codebook, ema_update):
         return
     heads = codebook.num_codebooks > 1
     counts, sums = codebook_statistics(
@@ -141,6 +140,19 @@ def update_statistics(
         scale = std / codebook.batch_variance.clamp(min=1e-5).sqrt()
         sizes = counts[..., None]
         sums = (sums - sizes * codebook.batch_mean) * scale + sizes * codebook.codebook_mean
+    update_codebook(library, codebook, counts, sums, vectors, mask, weight, accumulate, ema_update)
+
+
+def changes(codebook: Any, ema_update: bool | None = None) -> bool:
+    """Whether a training step writes to the codebook."""
+    return (codebook.ema_update if ema_update is None else ema_update) or codebook.has_dead_code_replacement
+
+
+def update_codebook(
+    library: Library, codebook: Any, counts: Tensor, sums: Tensor, vectors: Tensor, mask: Tensor | None,
+    weight: Any = None, accumulate: bool = False, ema_update: bool | None = None,
+) -> None:  # fmt: skip
+    """The same, given the number of vectors [codebooks, K] of each codeword and their sum [codebooks, K, d]."""
     codebook.all_reduce_fn(counts)
     codebook.all_reduce_fn(sums)
     if callable(weight):
@@ -151,6 +163,7 @@ def update_statistics(
         return
     library.ema_inplace(codebook.cluster_size, counts, codebook.decay, weight)
     library.ema_inplace(codebook.embed_avg, sums, codebook.decay, weight)
+    ema_update = codebook.ema_update if ema_update is None else ema_update
     if ema_update and not codebook.manual_ema_update:
         codebook.update_ema()
     _expire(library, codebook, vectors, mask)

@@ -1,11 +1,12 @@
 """The forward of ``VectorQuantize`` of vector-quantize-pytorch, without one-hot vectors and distances.
 
-What is looked up rarely (k-means, expiry of codes, affine parameters, the average of a codebook) is the library's
+What is seldom done or cheap (expiry of codes, affine parameters, the average of a codebook) is the library's
 own code, called on the same arguments in the same order, so that the same random numbers are drawn.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from types import FunctionType
 from typing import Any
 
@@ -15,10 +16,31 @@ from torch import Tensor
 
 from genperf.accelerate.patterns._vqp_source import helper
 from genperf.accelerate.patterns._vqp_update import (
-    Library, codes_of, flat, flat_mask, initialise, library_of, snapshot, update_statistics,
+    Library,
+    codes_of,
+    flat,
+    flat_mask,
+    initialise,
+    library_of,
+    snapshot,
+    update_statistics,
 )  # fmt: skip
 from genperf.ops.vector_quantize import vector_quantize
 from genperf.ops.vq_nearest import vq_nearest
+
+#: Below this length of a vector the library's rotation does not take it to its codeword.
+_SHORT = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class _Own:
+    """Functions and classes of the library's file, by their names."""
+
+    lens_to_mask: Any
+    rotate_to: Any
+    directional_reparam: Any
+    orthogonal_loss_fn: Any
+    LossBreakdown: Any
 
 
 def uncovered_in_training(vq: Any, samples: bool) -> str:
@@ -106,7 +128,9 @@ def _codewords(library: Library, codebook: Any, vectors: Tensor, mask: Tensor | 
     """The codewords [codebooks, K, D] of this call, in float32, after all that precedes the search."""
     initialise(library, codebook, vectors, mask)
     if codebook.affine_param:
-        codebook.update_affine(flat(codebook, vectors), codebook.embed, mask=flat_mask(codebook, mask, vectors))
+        codebook.update_affine(
+            flat(codebook, vectors), codebook.embed, mask=flat_mask(codebook, mask, vectors)
+        )
     embed = codebook.embed if codebook.learnable_codebook else codebook.embed.detach()
     embed = embed.float()
     if codebook.vq_bridge is not None:
@@ -128,16 +152,31 @@ def _orthogonality(vq: Any, indices: Tensor, loss_fn: Any) -> Tensor:
     return loss_fn(codebook)
 
 
-def _result(vq: Any, x: Tensor, vectors: Tensor, embed: Tensor, found: Tensor, op: Any, reparam: Any) -> Tensor:
+def any_short(vectors: Tensor) -> bool:
+    """Whether the rotation trick meets vectors whose length the library rounds up, turning them elsewhere.
+
+    Not asked in a compiled graph, which cannot look.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return bool((vectors.detach().float().square().sum(-1) < _SHORT * _SHORT).any())
+
+
+def _result(vq: Any, x: Tensor, vectors: Tensor, embed: Tensor, found: Tensor, op: Any, own: _Own) -> Tensor:
     """The quantized vectors of training, with their gradient; ``op`` is what vector_quantize gave."""
     routed = x.requires_grad and vq.route_gradients_to_input
-    if routed and not vq.directional_reparam:
+    rotated_by_library = routed and vq.rotation_trick and any_short(vectors)
+    if routed and not vq.directional_reparam and not rotated_by_library:
         quantized = op.quantized.to(torch.promote_types(x.dtype, vectors.dtype))
     else:
         codes = codes_of(embed, found) if embed.requires_grad else op.quantized.detach()
         quantized = codes.to(x.dtype)
-        if routed:
-            quantized = reparam(vectors.contiguous(), quantized, vq.directional_reparam_variance)
+        if rotated_by_library:
+            quantized = own.rotate_to(vectors, quantized)
+        elif routed:
+            quantized = own.directional_reparam(
+                vectors.contiguous(), quantized, vq.directional_reparam_variance
+            )
     if vq.sync_update_v > 0.0:
         quantized = quantized + vq.sync_update_v * (quantized - quantized.detach())
     return quantized
@@ -161,8 +200,7 @@ def quantizer_forward(forward: FunctionType, codebook: type, samples: bool) -> F
     ``samples`` tells that codewords are drawn in training.
     """
     library = library_of(codebook)
-    lens_to_mask, orthogonal_loss = (helper(forward, n) for n in ("lens_to_mask", "orthogonal_loss_fn"))
-    directional_reparam, breakdown = (helper(forward, n) for n in ("directional_reparam", "LossBreakdown"))
+    own = _Own(*(helper(forward, field.name) for field in dataclasses.fields(_Own)))
 
     def method(
         self: Any, x: Tensor, indices: Any = None, mask: Any = None, lens: Any = None, topk: Any = None,
@@ -179,7 +217,7 @@ def quantizer_forward(forward: FunctionType, codebook: type, samples: bool) -> F
             )  # fmt: skip
         freeze = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         if lens is not None:
-            mask = lens_to_mask(lens, x.shape[1])
+            mask = own.lens_to_mask(lens, x.shape[1])
         given = _channel_last(self, x)
         vectors = codebook.transform_input(_split(self, self.project_in(given)))
         wide = vectors.float()
@@ -193,7 +231,8 @@ def quantizer_forward(forward: FunctionType, codebook: type, samples: bool) -> F
         if self.training:
             fused = self.has_commitment_loss and mask is None
             op = vector_quantize(
-                wide, words if fused and both else words.detach(), metric, estimator="rotation" if self.rotation_trick else "straight_through",
+                wide, words if fused and both else words.detach(), metric,
+                estimator="rotation" if self.rotation_trick else "straight_through",
                 commitment_weight=float(fused), codebook_weight=float(fused and both),
             )  # fmt: skip
             found = op.indices
@@ -210,14 +249,14 @@ def quantizer_forward(forward: FunctionType, codebook: type, samples: bool) -> F
         if not self.training:
             quantized = codes_of(embed, found).to(x.dtype)
         else:
-            quantized = _result(self, x, vectors, embed, found, op, directional_reparam)
+            quantized = _result(self, x, vectors, embed, found, op, own)
             if not torch.compiler.is_compiling():  # a graph cannot change what it is given
                 loss.requires_grad_()
             if self.has_commitment_loss:
                 commitment = _commitment(both, given, vectors, mask, embed, found, op)
                 loss = loss + commitment * self.commitment_weight
             if self.has_codebook_orthogonal_loss:
-                orthogonality = _orthogonality(self, chosen, orthogonal_loss)
+                orthogonality = _orthogonality(self, chosen, own.orthogonal_loss_fn)
                 loss = loss + orthogonality * self.orthogonal_reg_weight
         quantized = self.project_out(_joined(self, quantized))
         if mask is not None:
@@ -231,6 +270,6 @@ def quantizer_forward(forward: FunctionType, codebook: type, samples: bool) -> F
             chosen = chosen[:, 0]
         if not return_loss_breakdown:
             return quantized, chosen, loss
-        return quantized, chosen, loss, breakdown(commitment, self.zero, orthogonality, self.zero)
+        return quantized, chosen, loss, own.LossBreakdown(commitment, self.zero, orthogonality, self.zero)
 
     return method  # type: ignore[return-value]

@@ -1,7 +1,7 @@
 """The forward of ``ResidualVQ`` and ``GroupedResidualVQ`` of vector-quantize-pytorch.
 
-All stages are one op where they are plain: float32, Euclidean, nothing but codebooks between them. Otherwise they
-are called one after another, without the library's record of all residuals, which it copies in every stage.
+All stages are one op where they are plain: float32, Euclidean, nothing but codebooks between them. Otherwise
+they are called one after another, without the library's record of all residuals, which it copies in each.
 """
 
 from __future__ import annotations
@@ -127,9 +127,7 @@ def _all_stages(
     )  # fmt: skip
     if updates:
         with torch.no_grad():
-            statistics = residual_codebook_statistics(
-                x.detach(), books if grouped else books[0], op.indices
-            )
+            statistics = residual_codebook_statistics(x.detach(), books if grouped else books[0], op.indices)
             for g, rvq in enumerate(rvqs):
                 counts, sums = (y[g] if grouped else y for y in statistics)
                 residual = x[g] if grouped else x
@@ -145,8 +143,9 @@ def _all_stages(
     losses = op.losses - 0.5 * op.losses.detach() if both else op.losses
     if commits:
         losses = losses * first.commitment_weight
-    if training and not losses.requires_grad and not torch.compiler.is_compiling():
-        losses = losses + first.zero.requires_grad_()
+    if training and not torch.compiler.is_compiling():  # a graph cannot change what it is given
+        first.zero.requires_grad_()
+    losses = losses + first.zero
     return op.quantized if routed else op.quantized.detach(), op.indices, losses
 
 
@@ -267,9 +266,7 @@ def grouped_forward(forward: FunctionType, residual: FunctionType, facts: Facts)
                     if mask is not None and not rvqs[0].return_zeros_for_masked_padding:
                         quantized = torch.where(mask[..., None], quantized, x)
                     return quantized, chosen, losses
-        return forward(
-            self, x, indices, return_all_codes, sample_codebook_temp, freeze_codebook, mask
-        )
+        return forward(self, x, indices, return_all_codes, sample_codebook_temp, freeze_codebook, mask)
 
     return method  # type: ignore[return-value]
 

@@ -1,7 +1,7 @@
-"""The forward of ``SimVQ`` of vector-quantize-pytorch, whose codebook is a network's image of a constant one.
+"""The forward of ``SimVQ`` of vector-quantize-pytorch: its codebook is a network's image of a constant one.
 
-Definition: Y. Zhu et al., "Addressing representation collapse in vector quantized models with one linear layer",
-2024 (arXiv:2411.02038).
+Definition: Y. Zhu et al., "Addressing representation collapse in vector quantized models with one linear
+layer", 2024 (arXiv:2411.02038).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genperf.accelerate.patterns._vqp_quantize import any_short
+from genperf.accelerate.patterns._vqp_source import helper
 from genperf.ops.vector_quantize import vector_quantize
 
 
@@ -25,6 +27,7 @@ def _covered(sim: Any, x: Any) -> bool:
 
 def sim_forward(forward: FunctionType) -> FunctionType:
     """The method that replaces ``forward``."""
+    rotate_to = helper(forward, "rotate_to")
 
     def method(self: Any, x: Tensor) -> Any:
         if not _covered(self, x):
@@ -38,7 +41,10 @@ def sim_forward(forward: FunctionType) -> FunctionType:
             estimator="rotation" if self.rotation_trick else "straight_through",
             commitment_weight=float(self.input_to_quantize_commit_loss_weight), codebook_weight=1.0,
         )  # fmt: skip
-        quantized = (result.quantized if x.requires_grad else result.quantized.detach()).to(dtype)
+        quantized = result.quantized if x.requires_grad else result.quantized.detach()
+        if self.rotation_trick and any_short(vectors):
+            quantized = rotate_to(vectors.to(wide), quantized.detach())
+        quantized = quantized.to(dtype)
         if self.channel_first:
             quantized = quantized.movedim(-1, 1)
         return quantized, result.indices, result.loss.to(dtype) * self.commitment_weight

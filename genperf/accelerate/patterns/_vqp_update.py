@@ -24,11 +24,12 @@ from genperf.ops.vq_nearest import vq_nearest
 class Library:
     """Functions of the file that defines a codebook's class, for what is the library's own affair.
 
-    ``number`` stands for it in a compiled graph. ``init_embed`` is ``Codebook.init_embed_`` with another search.
+    ``number`` stands for it in a compiled graph; ``init_embed`` is ``Codebook.init_embed_`` with the search
+    and the sums of genperf.
     """
 
     number: int
-    codebook: type
+    codebook: Any
     init_embed: FunctionType
     ema_inplace: FunctionType
     accum_grad: FunctionType
@@ -152,7 +153,7 @@ def update_codebook(
     library: Library, codebook: Any, counts: Tensor, sums: Tensor, vectors: Tensor, mask: Tensor | None,
     weight: Any = None, accumulate: bool = False, ema_update: bool | None = None,
 ) -> None:  # fmt: skip
-    """The same, given the number of vectors [codebooks, K] of each codeword and their sum [codebooks, K, d]."""
+    """The same, given how many vectors each codeword has [codebooks, K] and their sums [codebooks, K, d]."""
     codebook.all_reduce_fn(counts)
     codebook.all_reduce_fn(sums)
     if callable(weight):
@@ -184,8 +185,8 @@ def _expire(library: Library, codebook: Any, vectors: Tensor, mask: Tensor | Non
         codebook.expire_codes_(flat(codebook, vectors), seq_mask=flat_mask(codebook, mask, vectors))
 
 
-# In a compiled graph these stand for code that looks at values, which a graph cannot, and for a copy, which the
-# compiler would take for the buffer itself although that is written to.
+# In a compiled graph these stand for code that looks at values, which a graph cannot, and for a copy, in
+# whose place the compiler would keep the buffer itself although that is written to.
 
 
 @torch.library.custom_op("genperf::vqp_snapshot", mutates_args=())
@@ -233,8 +234,8 @@ def _initialise_op(
 
 @torch.library.custom_op("genperf::vqp_expire", mutates_args=("embed", "embed_avg", "cluster_size"))
 def _expire_op(
-    embed: Tensor, embed_avg: Tensor, cluster_size: Tensor, vectors: Tensor, mask: Tensor | None, library: int,
-    threshold: float, reset_cluster_size: float, use_cosine_sim: bool, distributed: bool,
+    embed: Tensor, embed_avg: Tensor, cluster_size: Tensor, vectors: Tensor, mask: Tensor | None,
+    library: int, threshold: float, reset_cluster_size: float, use_cosine_sim: bool, distributed: bool,
 ) -> None:  # fmt: skip
     codebook = _stand_in(
         list(_libraries.values())[library], distributed, embed=embed, embed_avg=embed_avg,

@@ -16,6 +16,13 @@ from genperf import _op
 from genperf.accelerate._pattern import Match, Options, Refusal
 from genperf.accelerate._swap import original_class
 from genperf.accelerate.patterns import _vqp_source as source
+from genperf.accelerate.patterns._vqp_probe import (
+    probe,
+    small_grouped,
+    small_quantizer,
+    small_residual,
+    small_sim,
+)  # fmt: skip
 from genperf.accelerate.patterns._vqp_quantize import quantizer_forward, uncovered_in_training
 from genperf.accelerate.patterns._vqp_residual import Facts, grouped_forward, residual_forward, uncovered
 from genperf.accelerate.patterns._vqp_sim import sim_forward
@@ -29,7 +36,9 @@ def find(module: nn.Module, cls: type, options: Options) -> Iterator[Match | Ref
         yield from _quantizer(module, cls)
     elif source.known_as(cls, "ResidualVQ") and isinstance(getattr(module, "layers", None), nn.ModuleList):
         yield from _residual(module, cls)
-    elif source.known_as(cls, "GroupedResidualVQ") and isinstance(getattr(module, "rvqs", None), nn.ModuleList):
+    elif source.known_as(cls, "GroupedResidualVQ") and isinstance(
+        getattr(module, "rvqs", None), nn.ModuleList
+    ):
         yield from _grouped(module, cls)
     elif source.known_as(cls, "SimVQ") and hasattr(module, "frozen_codebook"):
         yield from _sim(module, cls)
@@ -43,9 +52,13 @@ def _quantizer(module: Any, cls: type) -> Iterator[Match | Refusal]:
     codebook = original_class(type(module._codebook))
     samples = _samples(module)
     method = quantizer_forward(cls.forward, codebook, samples)  # type: ignore[attr-defined]
+    in_training = uncovered_in_training(module, samples)
+    if reason := probe(module, cls, method, small_quantizer, bool(in_training)):
+        yield Refusal(was, reason)
+        return
     key = ("vector_quantize_pytorch", cls.forward, codebook, samples)  # type: ignore[attr-defined]
     yield Match(was, "vector_quantize", key, {"forward": method}, _backend_for(module._codebook.embed))
-    if in_training := uncovered_in_training(module, samples):
+    if in_training:
         yield Refusal(f"{was} in training", in_training)
 
 
@@ -56,6 +69,9 @@ def _residual(module: Any, cls: type) -> Iterator[Match | Refusal]:
         yield Refusal(was, reason)
         return
     method = residual_forward(cls.forward, facts)  # type: ignore[attr-defined]
+    if reason := probe(module, cls, method, small_residual, _draws([module])):
+        yield Refusal(was, reason)
+        return
     key = ("vector_quantize_pytorch", cls.forward, facts)  # type: ignore[attr-defined]
     backend = _backend_for(module.layers[0]._codebook.embed)
     yield Match(was, "residual_vector_quantize", key, {"forward": method}, backend)
@@ -74,6 +90,9 @@ def _grouped(module: Any, cls: type) -> Iterator[Match | Refusal]:
         return
     ((_, facts),) = found
     method = grouped_forward(cls.forward, original_class(type(rvqs[0])).forward, facts)  # type: ignore
+    if reason := probe(module, cls, method, small_grouped, _draws(rvqs)):
+        yield Refusal(was, reason)
+        return
     key = ("vector_quantize_pytorch", cls.forward, facts)  # type: ignore[attr-defined]
     backend = _backend_for(rvqs[0].layers[0]._codebook.embed)
     yield Match(was, "residual_vector_quantize", key, {"forward": method}, backend)
@@ -85,6 +104,9 @@ def _sim(module: Any, cls: type) -> Iterator[Match | Refusal]:
         yield Refusal(was, reason)
         return
     method = sim_forward(cls.forward)  # type: ignore[attr-defined]
+    if reason := probe(module, cls, method, small_sim):
+        yield Refusal(was, reason)
+        return
     key = ("vector_quantize_pytorch", cls.forward)  # type: ignore[attr-defined]
     yield Match(was, "vector_quantize", key, {"forward": method}, _backend_for(module.frozen_codebook))
 
@@ -98,6 +120,11 @@ def _unknown_quantizer(module: Any, cls: type) -> str:
         or source.disagreement(codebook, codebook_class, source.CODEBOOK)
         or _unknown_parts(codebook, codebook_class)
     )
+
+
+def _draws(rvqs: list[Any]) -> bool:
+    """Whether a stage runs the original code in training."""
+    return any(uncovered_in_training(vq, _samples(vq)) for rvq in rvqs for vq in rvq.layers)
 
 
 def _samples(module: Any) -> bool:
@@ -128,7 +155,9 @@ def _unknown_parts(codebook: Any, cls: type) -> str:
     own = isinstance(sample, functools.partial) and sample.func is source.helper(forward, "gumbel_sample")
     if not own or sample.args or set(sample.keywords) != {"stochastic", "straight_through"}:
         return "gumbel_sample is not the library's"
-    if codebook.transform_input is not source.helper(forward, "l2norm" if codebook.use_cosine_sim else "identity"):
+    if codebook.transform_input is not source.helper(
+        forward, "l2norm" if codebook.use_cosine_sim else "identity"
+    ):
         return "transform_input is not the library's"
     return ""
 

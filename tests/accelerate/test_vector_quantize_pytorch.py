@@ -1,4 +1,4 @@
-"""accelerate on VectorQuantize and SimVQ of vector-quantize-pytorch: a call from the state of the original."""
+"""accelerate on VectorQuantize and SimVQ of vector-quantize-pytorch: one call from the original's state."""
 
 from __future__ import annotations
 

@@ -32,6 +32,8 @@ from genperf.ops.vq_nearest import vq_nearest
 
 def find(module: nn.Module, cls: type, options: Options) -> Iterator[Match | Refusal]:
     """Yield a match or a refusal for a quantizer of the library."""
+    if cls.__module__.partition(".")[0] == "genperf":  # modules of the same names
+        return
     if source.known_as(cls, "VectorQuantize") and isinstance(getattr(module, "_codebook", None), nn.Module):
         yield from _quantizer(module, cls)
     elif source.known_as(cls, "ResidualVQ") and isinstance(getattr(module, "layers", None), nn.ModuleList):

@@ -45,6 +45,19 @@ def known_as(cls: type, name: str) -> bool:
     return any(base.__name__ == name for base in cls.__mro__)
 
 
+def is_quantizer(module: nn.Module, cls: type) -> bool:
+    """Whether ``module`` looks like a quantizer of the library, of whatever version."""
+    if cls.__module__.partition(".")[0] == "genperf":  # modules of the same names
+        return False
+    parts = module._modules
+    return (
+        (known_as(cls, "VectorQuantize") and "_codebook" in parts)
+        or (known_as(cls, "ResidualVQ") and isinstance(parts.get("layers"), nn.ModuleList))
+        or (known_as(cls, "GroupedResidualVQ") and isinstance(parts.get("rvqs"), nn.ModuleList))
+        or (known_as(cls, "SimVQ") and "frozen_codebook" in module._buffers)
+    )
+
+
 @functools.lru_cache(maxsize=256)
 def _differences(cls: type, known: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     return tuple(differences(cls, dict(known)))

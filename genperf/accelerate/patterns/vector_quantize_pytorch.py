@@ -32,17 +32,15 @@ from genperf.ops.vq_nearest import vq_nearest
 
 def find(module: nn.Module, cls: type, options: Options) -> Iterator[Match | Refusal]:
     """Yield a match or a refusal for a quantizer of the library."""
-    if cls.__module__.partition(".")[0] == "genperf":  # modules of the same names
+    if not source.is_quantizer(module, cls):
         return
-    if source.known_as(cls, "VectorQuantize") and isinstance(getattr(module, "_codebook", None), nn.Module):
+    if source.known_as(cls, "VectorQuantize"):
         yield from _quantizer(module, cls)
-    elif source.known_as(cls, "ResidualVQ") and isinstance(getattr(module, "layers", None), nn.ModuleList):
+    elif source.known_as(cls, "ResidualVQ"):
         yield from _residual(module, cls)
-    elif source.known_as(cls, "GroupedResidualVQ") and isinstance(
-        getattr(module, "rvqs", None), nn.ModuleList
-    ):
+    elif source.known_as(cls, "GroupedResidualVQ"):
         yield from _grouped(module, cls)
-    elif source.known_as(cls, "SimVQ") and hasattr(module, "frozen_codebook"):
+    else:
         yield from _sim(module, cls)
 
 

@@ -27,6 +27,7 @@ from genperf.accelerate._quantizer_find import find as find_convention
 from genperf.accelerate._quantizer_probe import Target, codebooks
 from genperf.accelerate._quantizer_source import Source, Unknown, first_argument, given_defaults
 from genperf.accelerate._rewrite import methods_of
+from genperf.accelerate.patterns._vqp_source import is_quantizer
 
 #: Methods that may search a codebook.
 _METHODS = ("forward", "quantize", "decode_latents")
@@ -48,6 +49,8 @@ _known: weakref.WeakKeyDictionary[FunctionType, dict[Any, _Found]] = weakref.Wea
 
 def find(module: nn.Module, cls: type, options: Options) -> Iterator[Match | Refusal]:
     """Yield a match or a refusal for each method that searches a codebook of the module."""
+    if is_quantizer(module, cls):  # of vector-quantize-pytorch, which has a pattern of its own
+        return
     methods = methods_of(cls)
     for name in _METHODS:
         if name not in methods or not _SEARCHES & set(inspect.unwrap(methods[name]).__code__.co_names):

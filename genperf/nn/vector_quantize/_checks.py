@@ -92,5 +92,18 @@ def checked_mask(x: Tensor, mask: Any, lens: Any, channel: int, name: str) -> Te
     return mask
 
 
+def check_targets(indices: Any, x: Tensor, channel: int, heads: int) -> None:
+    if indices is None:
+        return
+    if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.dtype == torch.bool:
+        raise TypeError(f"VectorQuantize: indices is {_kind(indices)}, expected a tensor of integers")
+    shape = x.shape[:channel] + x.shape[channel + 1 :] + ((heads,) if heads > 1 else ())
+    if indices.shape != shape:
+        raise ValueError(
+            f"VectorQuantize: indices has shape {tuple(indices.shape)}, expected {tuple(shape)} for x of "
+            f"shape {tuple(x.shape)}"
+        )
+
+
 def _kind(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genperf.nn.vector_quantize import _checks
+from genperf.nn.vector_quantize._codewords import cross_entropy, gathered
 from genperf.nn.vector_quantize._snapshot import snapshots
 from genperf.nn.vector_quantize.codebook import Codebook, Statistics, update
 from genperf.ops.vector_quantize import vector_quantize
@@ -191,9 +192,9 @@ class VectorQuantize(nn.Module):
         """
         embed = self._codebook.embed
         if len(embed) == 1:
-            codes = _gathered(embed[0], indices, -1)
+            codes = gathered(embed[0], indices, -1)
         else:
-            codes = _gathered(embed, indices.movedim(-1, 0), -1).movedim(0, -2)
+            codes = gathered(embed, indices.movedim(-1, 0), -1).movedim(0, -2)
         if self.heads > 1:
             codes = codes.flatten(-2)
         return codes.movedim(-1, self._channel(codes))
@@ -212,6 +213,7 @@ class VectorQuantize(nn.Module):
         channel: int,
         active: Tensor | None = None,
         part: tuple[int, int] = (0, 1),
+        targets: Tensor | None = None,
     ) -> Stage:
         """Quantize vectors between the projections, and observe them without a change of the codewords.
 
@@ -221,6 +223,7 @@ class VectorQuantize(nn.Module):
             frozen: whether the codewords are to stay.
             active: bool []: whether the vectors count for the averages; None for yes.
             part: of :meth:`Codebook.observe`.
+            targets: integers, the shape of the indices: for their cross-entropy in place of the loss.
 
         Returns:
             :class:`Stage`: ``quantized``, the shape of x in at least float32; ``indices`` [B, *], or
@@ -236,6 +239,7 @@ class VectorQuantize(nn.Module):
                 mask = mask.unsqueeze(channel).expand(*x.shape[:dim], *x.shape[dim + 1 :])
             if separate:
                 x, mask = x.movedim(channel, 0), None if mask is None else mask.movedim(channel, 0)
+            targets = None if targets is None else targets.movedim(-1, 0 if separate else channel)
         if self.use_cosine_sim:
             x = F.normalize(x, dim=dim, eps=1e-6)
         # The codebooks stand along dimension 0 to observe, and to search where there are several.
@@ -251,6 +255,8 @@ class VectorQuantize(nn.Module):
         if frozen:
             embed = embed.detach()
         quantized, indices, loss = self._search(x, embed.to(x.dtype), mask, dim)
+        if targets is not None:
+            loss = cross_entropy(x, embed.to(x.dtype), targets, mask, dim, self.use_cosine_sim)
         observed = []
         if training:
             assert valid is not None
@@ -283,15 +289,16 @@ class VectorQuantize(nn.Module):
         if learned and weight:  # one term, with both gradients, where the op adds two of equal value
             loss = loss - 0.5 * loss.detach()
         if not (self.training and self.route_gradients_to_input and x.requires_grad):
-            quantized = _gathered(embed, indices, dim) if learned else quantized.detach()
+            quantized = gathered(embed, indices, dim) if learned else quantized.detach()
         return quantized, indices, loss
 
     def forward(
         self,
         x: Tensor,
-        *,
+        indices: Tensor | None = None,
         mask: Tensor | None = None,
         lens: Tensor | None = None,
+        *,
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
     ) -> tuple[Tensor, ...]:
@@ -300,6 +307,8 @@ class VectorQuantize(nn.Module):
         Args:
             x: [B, dim], [B, *, dim], or [B, dim, *] by ``channel_last`` and ``accept_*_fmap``. Any floating
                 dtype: distances are of the numbers as given, the loss and the averages in float32 at least.
+            indices: integers of the shape of the indices that are returned, -1 for none, such as those of
+                another encoder's output: for their cross-entropy (below).
             mask: bool, the shape of x without its channels: False for padding, which has index -1, and takes
                 part in nothing.
             lens: integers [B], a mask by the lengths of sequences.
@@ -308,7 +317,8 @@ class VectorQuantize(nn.Module):
 
         Returns:
             ``quantized``, shape and dtype of x; ``indices``, int64, the shape of x without its channels,
-            and [*, heads] of several heads; ``loss`` [], 0 in evaluation.
+            and [*, heads] of several heads; ``loss`` [], 0 in evaluation. With ``indices``: ``quantized`` and
+            the cross-entropy [] of these under the softmax of negative distances, or of cosines.
         """
         channel = self._channel(x)
         _checks.check_input(x, self.dim, channel, "VectorQuantize")
@@ -318,7 +328,8 @@ class VectorQuantize(nn.Module):
         if self.has_projections:
             dtype: torch.dtype = self.project_out.weight.dtype  # type: ignore[assignment]
             vectors, inner = self.project_in(x.movedim(channel, -1).to(dtype)), x.dim() - 1
-        quantized, indices, loss, observed = self.quantize(vectors, mask, frozen, inner)
+        _checks.check_targets(indices, x, channel, self.heads)
+        quantized, chosen, loss, observed = self.quantize(vectors, mask, frozen, inner, targets=indices)
         update(observed)
         if self.has_projections:
             quantized = self.project_out(quantized.to(dtype)).movedim(-1, channel)
@@ -326,20 +337,11 @@ class VectorQuantize(nn.Module):
         if mask is not None:
             padding = 0.0 if self.return_zeros_for_masked_padding else x
             quantized = torch.where(mask.unsqueeze(channel), quantized, padding)
+        if indices is not None:
+            return quantized, loss
         if not return_loss_breakdown:
-            return quantized, indices, loss
+            return quantized, chosen, loss
         commitment = loss / self.commitment_weight if self.commitment_weight else loss
         zero = torch.zeros_like(loss)
         parts = LossBreakdown(commitment, zero, zero, zero)
-        return quantized, indices, loss, parts  # type: ignore[return-value]
-
-
-def _gathered(embed: Tensor, indices: Tensor, dim: int) -> Tensor:
-    """Codewords of embed [K, D] or [heads, K, D], with D along dimension ``dim``; 0 for an index of -1."""
-    there, indices = (indices >= 0)[..., None], indices.clamp(min=0)
-    if embed.dim() == 2:
-        codes = embed[indices]
-    else:
-        heads = torch.arange(len(embed), device=indices.device).view(-1, *[1] * (indices.dim() - 1))
-        codes = embed[heads, indices]
-    return torch.where(there, codes, 0.0).movedim(-1, dim)
+        return quantized, chosen, loss, parts  # type: ignore[return-value]

@@ -169,6 +169,36 @@ def test_padding(argument, zeros, heads):
     compare(ours, peer, SEQUENCE, arguments)
 
 
+CROSS_ENTROPIES = ("plain", "cosine", "heads", "heads of one codebook", "heads of cosines", "learned")
+
+
+@pytest.mark.parametrize("name", CROSS_ENTROPIES)
+def test_cross_entropy(name):
+    shape, options = QUANTIZERS[name]
+    torch.manual_seed(0)
+    peer = peers.VectorQuantize(dim=16, codebook_size=32, **options)
+    ours = nn.VectorQuantize(dim=16, codebook_size=32, **options)
+    for training in (True, False):
+        ours.train(training)
+        peer.train(training)
+        ours.load_state_dict(peer.state_dict())
+        x = torch.randn(shape)
+        targets = torch.randint(-1, 32, ours.eval()(x)[1].shape)
+        ours.train(training)
+        found = []
+        for module in (peer, ours):
+            module.zero_grad()
+            rows = x.clone().requires_grad_()
+            # Its update is hidden from autograd: not frozen, its gradient would be by the new codewords.
+            _, entropy = module(rows, indices=targets, freeze_codebook=name != "learned")
+            entropy.backward()
+            found.append([entropy, rows.grad, *(p.grad for p in module.parameters())])
+        for expected, actual in zip(*found, strict=True):
+            close(actual, expected, name)
+        for key, value in peer.state_dict().items():
+            close(ours.state_dict()[key], value, key)
+
+
 @table(RESIDUALS)
 def test_residual_vq(case):
     shape, options, arguments = case

@@ -396,6 +396,18 @@ def test_bad_lengths(arguments, error, message):
         VectorQuantize(4, 8)(torch.zeros(2, 3, 4), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        (torch.zeros(2, 3), TypeError, "indices is torch.float32, expected a tensor of integers"),
+        (torch.zeros(2, dtype=torch.int64), ValueError, r"indices has shape \(2,\), expected \(2, 3\)"),
+    ],
+)
+def test_bad_targets(indices, error, message):
+    with pytest.raises(error, match=message):
+        VectorQuantize(4, 8)(torch.zeros(2, 3, 4), indices)
+
+
 def test_too_many_stages():
     module = ResidualVQ(dim=4, codebook_size=8, num_quantizers=2)
     with pytest.raises(ValueError, match=r"indices has shape \(5, 3\), expected at most 2 stages"):

@@ -179,8 +179,8 @@ def residual_vector_quantize(
 
     Returns:
         :class:`ResidualVectorQuantized`: ``quantized``, of the shape, dtype and layout of ``x``; ``indices``,
-        int64 [*, stages], the shape of ``x`` without ``dim`` and with the stages last; and ``losses``, float32
-        (float64 for float64) [stages] or [groups, stages].
+        int64 [*, stages], the shape of ``x`` without ``dim`` and with the stages last; and ``losses``,
+        [stages] or [groups, stages], float32 (float64 for float64).
 
     Raises:
         TypeError: for a non-tensor or a dtype that is not as above.

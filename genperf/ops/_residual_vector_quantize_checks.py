@@ -13,7 +13,18 @@ from genperf.ops.philox_random import FLOATS
 from genperf.ops.vq_nearest import METRICS
 
 Codebooks = Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]
+NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def refuses(x: Tensor, codebooks: Sequence[Tensor], *_: Any) -> str | None:
+    """Why the native kernels cannot run."""
+    if x.dtype not in NATIVE_DTYPES:
+        return f"{x.dtype} is left to the reference"
+    if x.dim() > 8:
+        return f"{x.dim()} dimensions, at most 8"
+    most = max(codebook.shape[0] for codebook in codebooks)
+    return None if most < 2**31 else f"{most} codewords, below 2^31"
 
 
 def unpacked(op: str, codebooks: Any) -> tuple[list[Tensor], int | None]:
@@ -45,12 +56,11 @@ def unpacked(op: str, codebooks: Any) -> tuple[list[Tensor], int | None]:
     if not books:
         raise ValueError(f"{op}: codebooks is empty, expected at least one stage")
     for i, book in enumerate(books):
+        if isinstance(book, Tensor) and book.dim() == 2 and book.numel() > 0:
+            continue
         if not isinstance(book, Tensor):
             raise TypeError(f"{op}: codebook {i} is {type(book).__name__}, expected a tensor")
-        if book.dim() != 2 or 0 in book.shape:
-            raise ValueError(
-                f"{op}: codebook {i} has shape {tuple(book.shape)}, expected [K, D], with neither 0"
-            )
+        raise ValueError(f"{op}: codebook {i} has shape {tuple(book.shape)}, expected [K, D], with neither 0")
     return books, groups
 
 
@@ -61,11 +71,13 @@ def check_vectors(op: str, x: Any, codebooks: Any, dim: Any) -> tuple[list[Tenso
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: x is {x.dtype}, expected one of {FLOATS}")
     books, groups = unpacked(op, codebooks)
+    dtype, device = x.dtype, x.device
     for i, book in enumerate(books):
-        if book.dtype != x.dtype:
+        if book.dtype == dtype and book.device == device:
+            continue
+        if book.dtype != dtype:
             raise TypeError(f"{op}: codebook {i} is {book.dtype}, expected {x.dtype}, as x")
-        if book.device != x.device:
-            raise ValueError(f"{op}: codebook {i} is on {book.device}, expected {x.device}, as x")
+        raise ValueError(f"{op}: codebook {i} is on {book.device}, expected {x.device}, as x")
     if type(dim) is not int:
         raise TypeError(f"{op}: dim is {type(dim).__name__}, expected an integer")
     if not -x.dim() <= dim < x.dim() or (groups is not None and dim % x.dim() == 0):
@@ -73,8 +85,9 @@ def check_vectors(op: str, x: Any, codebooks: Any, dim: Any) -> tuple[list[Tenso
             f"{op}: dim is {dim} for x of shape {tuple(x.shape)}, expected a dimension of it"
             + " after that of the groups" * (groups is not None)
         )
+    size = x.shape[dim]
     for i, book in enumerate(books):
-        if book.shape[1] != x.shape[dim]:
+        if book.shape[1] != size:
             raise ValueError(
                 f"{op}: codebook {i} has shape {tuple(book.shape)}, expected [K, {x.shape[dim]}], as x, of "
                 f"shape {tuple(x.shape)}, has in dimension {dim}"

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from genperf import _backend
 from genperf._op import Operator
 from genperf.ops import _residual_vector_quantize_reference as formulas
-from genperf.ops._residual_vector_quantize_checks import Codebooks, check_vectors
+from genperf.ops._residual_vector_quantize_checks import Codebooks, check_vectors, refuses
 
 __all__ = ["ResidualCodebookStatistics", "residual_codebook_statistics"]
 
@@ -41,6 +42,17 @@ statistics_op = Operator(
 )
 
 
+def _cpu(x: Tensor, codebooks: Sequence[Tensor], indices: Tensor, differences: bool) -> tuple[Tensor, Tensor]:
+    counts, sums = results = _fake(x, codebooks, indices, differences)
+    _backend.native.cpu.residual_codebook_statistics(  # type: ignore[union-attr]
+        x, codebooks, indices.contiguous(), counts, sums, differences
+    )
+    return results
+
+
+statistics_op.implement("cpu", _cpu, refuses)
+
+
 def residual_codebook_statistics(
     x: Tensor, codebooks: Codebooks, indices: Tensor, *, dim: int = -1
 ) -> ResidualCodebookStatistics:
@@ -50,13 +62,13 @@ def residual_codebook_statistics(
     computes them; of all stages together they are never written. Sums are float32 in a fixed order, whatever
     the number of threads. No gradient.
 
-    Backends: ``reference``.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``reference``.
 
     Args:
         x, codebooks, dim: as of :func:`residual_vector_quantize`; the codebooks as they were when the indices
             were chosen.
         indices: integers [*, stages], as that returns them; -1, where a stage was left out, counts nowhere.
-            It must be below the number of codewords.
+            It must be below the number of codewords; larger ones are an error on the CPU.
 
     Returns:
         :class:`ResidualCodebookStatistics`: for codebooks [stages, K, D] or [groups, stages, K, D],

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genperf import _backend
 from genperf._op import Operator
 from genperf.ops import _residual_vector_quantize_reference as formulas
-from genperf.ops._residual_vector_quantize_checks import Codebooks, check
+from genperf.ops._residual_vector_quantize_checks import Codebooks, check, refuses
 from genperf.ops.residual_codebook_statistics import statistics_op
 from genperf.ops.vq_nearest import METRICS
 
@@ -33,11 +34,11 @@ class ResidualVectorQuantized(NamedTuple):
 def _fake(
     x: Tensor, codebooks: Sequence[Tensor], limits: Tensor | None, n_stages: int, metric: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    per_group = len(codebooks) // len(x)
+    per_group = len(codebooks) // x.shape[0]
     return (
         torch.empty_like(x),
         x.new_empty((*x.shape[:-1], per_group), dtype=torch.int64),
-        formulas.wide(x.new_empty(len(x), per_group)),
+        formulas.wide(x.new_empty(x.shape[0], per_group)),
     )
 
 
@@ -59,6 +60,31 @@ _backward_op = Operator(
     formulas.reference_backward,
     _fake_backward,
 )
+
+
+def _cpu(
+    x: Tensor, codebooks: Sequence[Tensor], limits: Tensor | None, n_stages: int, metric: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    quantized, indices, squares = results = _fake(x, codebooks, limits, n_stages, metric)
+    _backend.native.cpu.residual_vector_quantize(  # type: ignore[union-attr]
+        x, codebooks, limits, quantized, indices, squares, n_stages, metric
+    )
+    return results
+
+
+def _cpu_backward(
+    grad: Tensor, coefficients: Tensor, x: Tensor, codebooks: Sequence[Tensor], indices: Tensor,
+    rotation: bool, of_sum: bool, fraction: float,
+) -> Tensor:  # fmt: skip
+    grad_x = torch.empty_like(x)
+    _backend.native.cpu.residual_vector_quantize_backward(  # type: ignore[union-attr]
+        grad, coefficients.contiguous(), x, codebooks, indices, grad_x, rotation, of_sum, fraction
+    )
+    return grad_x
+
+
+_forward_op.implement("cpu", _cpu, refuses)
+_backward_op.implement("cpu", _cpu_backward, lambda *args: refuses(*args[2:]))
 
 
 class _Settings(NamedTuple):
@@ -157,7 +183,9 @@ def residual_vector_quantize(
     - audiocraft and Moshi: ``estimator_of="sum"``: the gradient of ``quantized`` goes to ``x`` once, and
       every stage has its commitment gradient.
 
-    Backends: ``reference``, which calls :func:`vq_nearest` stage by stage.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), where blocks of vectors go through all stages in cache;
+    few vectors, such as a frame of a stream, without packed codebooks. ``reference``, which calls
+    :func:`vq_nearest` stage by stage.
 
     Args:
         x: [*, D], or with D along ``dim``; with groups [groups, *, D]. Any strides. float32, float16,
@@ -194,7 +222,7 @@ def residual_vector_quantize(
     vectors = x.movedim(dim, -1)
     if groups is None:
         vectors = vectors[None]
-    per_group = len(books) // len(vectors)
+    per_group = len(books) // vectors.shape[0]
     limits, divisor = _limits(vectors, n_stages, mask, per_group)
     settings = _Settings(
         per_group if n_stages is None or isinstance(n_stages, Tensor) else n_stages, METRICS[metric],

@@ -9,7 +9,7 @@ from genperf_testing.cases import SHAPES, Case, normals
 
 from genperf.ops import residual_codebook_statistics, residual_vector_quantize
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 def _indices(shape, n_codewords, stages):
@@ -100,6 +100,14 @@ def test_long_sums():
     exact = x.double().sum(0)
     assert ((out.sums[0, 2] - exact).abs() / exact).max() < 40000**0.5 * 2**-23
     assert out.sums[0, [0, 1, 3]].eq(0).all()
+
+
+def test_index_out_of_range():
+    x, codebooks = normals((9, 20), "x"), normals((2, 5, 20), "c")
+    indices = torch.zeros(9, 2, dtype=torch.int64)
+    indices[3, 1] = 5
+    with pytest.raises(ValueError, match="residual_codebook_statistics: indices has some beyond"):
+        residual_codebook_statistics(x, codebooks, indices)
 
 
 X, C, INDICES = torch.zeros(2, 3), torch.zeros(4, 5, 3), torch.zeros(2, 4, dtype=torch.int64)

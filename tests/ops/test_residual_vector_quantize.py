@@ -11,7 +11,7 @@ from genperf_testing.cases import SHAPES, Case, normals
 
 from genperf.ops import residual_vector_quantize, vq_nearest
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 def grid(shape, unit, *seed):
@@ -22,7 +22,8 @@ def grid(shape, unit, *seed):
 def _case(name, shapes=None, stages=2, limits=None, **options):
     def function(x, codebooks):
         extra = {} if limits is None else {"n_stages": torch.arange(len(x), device=x.device) % (stages + 1)}
-        return residual_vector_quantize(x, codebooks, **options, **extra)
+        out = residual_vector_quantize(x, codebooks, **options, **extra)
+        return out.quantized, out.indices, *out.losses.unbind()
 
     return Case(
         name, function, lambda shape: [grid(shape, 1 / 64)],
@@ -180,9 +181,10 @@ def test_layouts(dim):
         assert out.quantized.is_contiguous() >= x.is_contiguous()
 
 
-def test_indices_are_exact_with_an_offset():
+@pytest.mark.parametrize("n", [5, 90, 300])
+def test_indices_are_exact_with_an_offset(n):
     """Where the expanded formula of the libraries is wrong."""
-    x, codebooks = normals((300, 8), "x") + 1000, normals((3, 64, 8), "c")
+    x, codebooks = normals((n, 8), "x") + 1000, normals((3, 64, 8), "c")
     codebooks[0] += 1000
     out = residual_vector_quantize(x, codebooks)
     residual = x
@@ -194,12 +196,22 @@ def test_indices_are_exact_with_an_offset():
 
 def test_a_frame_at_a_time_gives_the_same():
     """Streaming: nothing depends on the vectors around."""
-    x, codebooks = normals((60, 32), "x"), normals((8, 100, 32), "c") / 2
+    x, codebooks = normals((200, 37), "x"), normals((8, 100, 37), "c") / 2
     out = residual_vector_quantize(x, codebooks)
-    for i in range(len(x)):
-        one = residual_vector_quantize(x[i : i + 1], codebooks)
-        assert torch.equal(one.quantized[0], out.quantized[i])
-        assert torch.equal(one.indices[0], out.indices[i])
+    for first, n in [*((i, 1) for i in range(20)), (20, 2), (22, 7), (29, 60), (90, 110)]:
+        part = residual_vector_quantize(x[first : first + n], codebooks)
+        assert torch.equal(part.quantized, out.quantized[first : first + n])
+        assert torch.equal(part.indices, out.indices[first : first + n])
+
+
+@pytest.mark.parametrize("n", [1, 6, 90, 300])
+@pytest.mark.parametrize("scale", [1.0, 2.0**70, 2.0**-80, 2.0**-140], ids=str)
+def test_ties_and_extremes(n, scale):
+    """Duplicates, the middle of two codewords, codewords that are not finite, subnormal numbers."""
+    words = torch.tensor([[math.nan, 0.0], [4.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, math.inf]])
+    x = torch.tensor([[0.0, 1.0], [1.0, 0.5], [2.5, 0.0], [-1.0, 0.0]]).repeat(n, 1)[:n] * scale
+    out = residual_vector_quantize(x, words[None] * scale)
+    assert torch.equal(out.indices[:, 0], torch.tensor([2, 2, 1, 3]).repeat(n)[:n])
 
 
 def test_not_finite():

@@ -1,0 +1,140 @@
+// The gradient by x, vector by vector: through the stages for their residuals, and back.
+//
+// With a_i the gradient by r_i, J_i the estimator's derivative and f the fraction,
+//   a_i = a_{i+1} + J_i' (g - f a_{i+1}) + coefficient_i (r_i - c_i).
+#pragma once
+
+#include <cmath>
+
+#include "stages.h"
+
+namespace genperf {
+namespace GENPERF_ISA {
+namespace residual {
+
+class Gradient {
+ public:
+  Gradient(const ResidualBackwardArgs& a, const Sizes& s)
+      : a_(a),
+        s_(s),
+        residual_((s.stages + 1) * s.pitch),
+        word_(s.stages * s.pitch),
+        difference_(s.stages * s.pitch),
+        here_(s.pitch),
+        coefficient_(s.stages) {}
+
+  // grad: the gradient by `quantized` in, by x out; both vectors are padded.
+  void run(const View* codebooks, const int64_t* indices, const float* coefficients, const float* x,
+           float* grad) {
+    const int64_t pitch = s_.pitch, passed = go(codebooks, indices, coefficients, x);
+    Scratch<float>& total = total_;
+    total.fill(0.0f);
+    for (int64_t k = passed - 1; k >= 0; --k) {
+      const float *difference = difference_.get() + k * pitch, coefficient = coefficient_[k];
+      if (a_.of_sum) {
+        for (int64_t d = 0; d < pitch; d += kLanes)
+          store(&total[d], load(&total[d]) + load(difference + d) * coefficient);
+        continue;
+      }
+      for (int64_t d = 0; d < pitch; d += kLanes)
+        store(&here_[d], load(grad + d) - load(&total[d]) * a_.fraction);
+      if (a_.rotation) rotate_back(residual_.get() + k * pitch, word_.get() + k * pitch);
+      for (int64_t d = 0; d < pitch; d += kLanes)
+        store(&total[d], load(&total[d]) + (load(difference + d) * coefficient + load(&here_[d])));
+    }
+    if (a_.of_sum && passed > 0) {
+      std::memcpy(here_.get(), grad, pitch * sizeof(float));
+      if (a_.rotation) {
+        float* sum = word_.get();
+        for (int64_t k = 1; k < passed; ++k)
+          for (int64_t d = 0; d < pitch; d += kLanes)
+            store(sum + d, load(sum + d) + load(sum + k * pitch + d));
+        rotate_back(x, sum);
+      }
+      for (int64_t d = 0; d < pitch; d += kLanes) store(&total[d], load(&total[d]) + load(&here_[d]));
+    }
+    std::memcpy(grad, total.get(), pitch * sizeof(float));
+  }
+
+ private:
+  // Residuals, codewords and their differences of the stages that were not left out; their number.
+  int64_t go(const View* codebooks, const int64_t* indices, const float* coefficients, const float* x) {
+    const int64_t pitch = s_.pitch;
+    std::memcpy(residual_.get(), x, pitch * sizeof(float));
+    int64_t passed = 0;
+    for (int64_t i = 0; i < s_.stages; ++i) {
+      if (indices[i] < 0) continue;
+      const float* r = residual_.get() + passed * pitch;
+      float *word = word_.get() + passed * pitch, *difference = difference_.get() + passed * pitch;
+      read_rows(Rows(codebooks[i]), indices[i], 1, s_.dim, word, pitch);
+      for (int64_t d = 0; d < pitch; d += kLanes) store(difference + d, load(r + d) - load(word + d));
+      coefficient_[passed++] = coefficients[i];
+      float* next = residual_.get() + passed * pitch;
+      std::memcpy(next, difference, pitch * sizeof(float));
+      round_row(next, s_.dim, a_.x.dtype);
+    }
+    return passed;
+  }
+
+  // here_ as the gradient by r of (|q| / |r|) R r, constants but for r, where the rotation R turns r to q:
+  // with u and v of length 1 along r and q, and w = u + v,
+  //   (h - 2 w (w.h) / |w|^2 + 2 u (v.h)) |q| / |r|.
+  void rotate_back(const float* r, const float* q) {
+    const int64_t pitch = s_.pitch;
+    float* h = here_.get();
+    Vf rr = splat<Vf>(0.0f), qq = rr;
+    for (int64_t d = 0; d < pitch; d += kLanes) {
+      const Vf rd = load(r + d), qd = load(q + d);
+      rr = rr + rd * rd, qq = qq + qd * qd;
+    }
+    const float r_length = std::sqrt(sum_of(rr)), q_length = std::sqrt(sum_of(qq));
+    const float r_unit = r_length == 0.0f ? 1.0f : r_length, q_unit = q_length == 0.0f ? 1.0f : q_length;
+    Vf ww = splat<Vf>(0.0f), wh = ww, vh = ww;
+    for (int64_t d = 0; d < pitch; d += kLanes) {
+      const Vf v = load(q + d) / q_unit, w = load(r + d) / r_unit + v, hd = load(h + d);
+      ww = ww + w * w, wh = wh + w * hd, vh = vh + v * hd;
+    }
+    const float square = sum_of(ww), along = square == 0.0f ? 0.0f : 2.0f * (sum_of(wh) / square);
+    const float across = 2.0f * sum_of(vh), scale = q_length / r_unit;
+    for (int64_t d = 0; d < pitch; d += kLanes) {
+      const Vf u = load(r + d) / r_unit, w = u + load(q + d) / q_unit;
+      store(h + d, (load(h + d) - w * along + u * across) * scale);
+    }
+  }
+
+  const ResidualBackwardArgs& a_;
+  const Sizes& s_;
+  Scratch<float> residual_, word_, difference_;  // of one stage after another
+  Scratch<float> here_;
+  Scratch<float> coefficient_;
+  Scratch<float> total_{s_.pitch};
+};
+
+inline void backward(const ResidualBackwardArgs& a) {
+  constexpr int64_t kRows = 32;
+  const Sizes s(a);
+  const int64_t blocks = (s.n + kRows - 1) / kRows;
+  [[maybe_unused]] const bool large = static_cast<double>(s.groups * s.n) * s.dim * s.stages > 1e5;
+#pragma omp parallel if (large)
+  {
+    Subnormals mine;
+    Gradient gradient(a, s);
+    Scratch<float> x(kRows * s.pitch), grad(kRows * s.pitch);
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < s.groups * blocks; ++b) {
+      const int64_t group = b / blocks, first = b % blocks * kRows, n = std::min(kRows, s.n - first);
+      read_rows(Rows(at_group(a.x, group)), first, n, s.dim, x.get(), s.pitch);
+      read_rows(Rows(at_group(a.grad, group)), first, n, s.dim, grad.get(), s.pitch);
+      const int64_t* indices = static_cast<const int64_t*>(a.indices.data);
+      const float* coefficients = static_cast<const float*>(a.coefficients.data) + group * s.stages;
+      for (int64_t r = 0; r < n; ++r)
+        gradient.run(a.codebooks + group * s.stages, indices + (group * s.n + first + r) * s.stages,
+                     coefficients, x.get() + r * s.pitch, grad.get() + r * s.pitch);
+      RowsOut(at_group(a.grad_x, group)).write(first, n, grad.get(), s.pitch);
+    }
+  }
+}
+
+}  // namespace residual
+}  // namespace GENPERF_ISA
+}  // namespace genperf

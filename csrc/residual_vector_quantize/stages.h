@@ -1,0 +1,140 @@
+// What forward, backward and statistics share: the vectors of a group, its codebooks, and rows of floats that
+// are padded with zeros to whole blocks of lanes.
+#pragma once
+
+#include <algorithm>
+
+#include "../common/scratch.h"
+#include "../vq_nearest/plan.h"
+#include "../vq_nearest/rows.h"
+#include "residual_vector_quantize.h"
+
+namespace genperf {
+namespace GENPERF_ISA {
+namespace residual {
+
+inline int64_t padded_dim(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
+
+// Dimension 0 taken at `index`.
+inline View at_group(const View& v, int64_t index) {
+  constexpr int kBytes[] = {4, 2, 2, 8, 8};
+  View one = v;
+  one.data = static_cast<char*>(v.data) + index * v.stride[0] * kBytes[static_cast<int>(v.dtype)];
+  one.ndim = v.ndim - 1;
+  for (int d = 0; d < one.ndim; ++d) one.shape[d] = v.shape[d + 1], one.stride[d] = v.stride[d + 1];
+  return one;
+}
+
+// The elements [begin, begin + n) of the last dimension.
+inline View part_of_rows(const View& v, int64_t begin, int64_t n) {
+  View part = v;
+  const int last = v.ndim - 1, bytes = v.dtype == DType::kFloat32 ? 4 : 2;
+  part.data = static_cast<char*>(v.data) + begin * v.stride[last] * bytes;
+  part.shape[last] = n;
+  return part;
+}
+
+// What the loops go over.
+struct Sizes {
+  int64_t groups, stages, n, dim, pitch;
+
+  explicit Sizes(const ResidualArgs& a)
+      : groups(a.x.shape[0]),
+        stages(a.n_codebooks / groups),
+        n(1),
+        dim(a.x.shape[a.x.ndim - 1]),
+        pitch(padded_dim(dim)) {
+    for (int d = 1; d + 1 < a.x.ndim; ++d) n *= a.x.shape[d];
+  }
+};
+
+// Any number of rows, and their padding.
+inline void read_rows(const Rows& from, int64_t first, int64_t n, int64_t dim, float* to, int64_t pitch) {
+  for (int64_t i = 0; i < n; i += Rows::kMost)
+    from.read(first + i, static_cast<int>(std::min<int64_t>(Rows::kMost, n - i)), to + i * pitch, pitch);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t d = dim; d < pitch; ++d) to[i * pitch + d] = 0.0f;
+}
+
+// The rows of a tensor [*, D] of any strides and dtype, to write.
+class RowsOut {
+ public:
+  explicit RowsOut(const View& v)
+      : data_(v.data), dtype_(v.dtype), dim_(v.shape[v.ndim - 1]), step_(v.stride[v.ndim - 1]), lead_(v) {
+    lead_.ndim = v.ndim - 1;
+    lead_ = collapse(lead_);
+  }
+
+  void write(int64_t first, int64_t n, const float* from, int64_t pitch) const {
+    Position at(lead_, first);
+    const int64_t stride = lead_.stride[lead_.ndim - 1];
+    for (int64_t r = 0; r < n;) {
+      const int64_t count = std::min({at.run, n - r, int64_t{Rows::kMost}});
+      const float* rows = from + r * pitch;
+      if (step_ == 1 || count == 1) {
+        for (int64_t i = 0; i < count; ++i) put(rows + i * pitch, dim_, at.offset + i * stride, step_);
+      } else {
+        float column[Rows::kMost];
+        for (int64_t d = 0; d < dim_; ++d) {
+          for (int64_t i = 0; i < count; ++i) column[i] = rows[i * pitch + d];
+          put(column, count, at.offset + d * step_, stride);
+        }
+      }
+      r += count;
+      if (count == at.run) {
+        at.next_run(lead_);
+      } else {
+        at.run -= count, at.offset += count * stride, at.index[lead_.ndim - 1] += count;
+      }
+    }
+  }
+
+ private:
+  void put(const float* from, int64_t n, int64_t offset, int64_t stride) const {
+    if (dtype_ != DType::kFloat32) {
+      narrow(from, static_cast<int>(n), dtype_, static_cast<uint16_t*>(data_) + offset, stride);
+      return;
+    }
+    float* to = static_cast<float*>(data_) + offset;
+    for (int64_t i = 0; i < n; ++i) to[i * stride] = from[i];
+  }
+
+  void* data_;
+  DType dtype_;
+  int64_t dim_, step_;
+  View lead_;
+};
+
+// A row to the dtype and back.
+inline void round_row(float* row, int64_t n, DType dtype) {
+  if (dtype == DType::kFloat32) return;
+  uint16_t half[kChunk];
+  for (int64_t d = 0; d < n; d += kChunk) {
+    const int count = static_cast<int>(std::min<int64_t>(kChunk, n - d));
+    narrow(row + d, count, dtype, half, 1);
+    widen(half, 1, count, dtype, row + d);
+  }
+}
+
+// f(d, block) for the blocks of lanes of a row of `dim` floats, which need not be padded.
+template <class Function>
+GENPERF_HD void each_block(const float* row, int64_t dim, Function f) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) f(d, load(row + d));
+  if (d == dim) return;
+  alignas(64) float rest[kLanes] = {};
+  for (int64_t i = d; i < dim; ++i) rest[i - d] = row[i];
+  f(d, load(rest));
+}
+
+inline float sum_of(Vf v) {
+  float x[kLanes];
+  store(x, v);
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  return x[0];
+}
+
+}  // namespace residual
+}  // namespace GENPERF_ISA
+}  // namespace genperf

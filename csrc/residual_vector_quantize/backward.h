@@ -123,14 +123,14 @@ inline void backward(const ResidualBackwardArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < s.groups * blocks; ++b) {
       const int64_t group = b / blocks, first = b % blocks * kRows, n = std::min(kRows, s.n - first);
-      read_rows(Rows(at_group(a.x, group)), first, n, s.dim, x.get(), s.pitch);
-      read_rows(Rows(at_group(a.grad, group)), first, n, s.dim, grad.get(), s.pitch);
+      read_rows(Rows(select_first(a.x, group)), first, n, s.dim, x.get(), s.pitch);
+      read_rows(Rows(select_first(a.grad, group)), first, n, s.dim, grad.get(), s.pitch);
       const int64_t* indices = static_cast<const int64_t*>(a.indices.data);
       const float* coefficients = static_cast<const float*>(a.coefficients.data) + group * s.stages;
       for (int64_t r = 0; r < n; ++r)
         gradient.run(a.codebooks + group * s.stages, indices + (group * s.n + first + r) * s.stages,
                      coefficients, x.get() + r * s.pitch, grad.get() + r * s.pitch);
-      RowsOut(at_group(a.grad_x, group)).write(first, n, grad.get(), s.pitch);
+      RowsOut(select_first(a.grad_x, group)).write(first, n, grad.get(), s.pitch);
     }
   }
 }

@@ -26,7 +26,7 @@ class Block {
 
   // The vectors [first, first + n) of a group; `squares` [stages] are theirs alone.
   void run(int64_t group, const Codebooks& searched, int64_t first, int64_t n, double* squares) {
-    const View x = at_group(a_.x, group);
+    const View x = select_first(a_.x, group);
     const int64_t* limits = a_.limits ? static_cast<const int64_t*>(a_.limits.data) + first : nullptr;
     int64_t* indices = static_cast<int64_t*>(a_.indices.data) + (group * s_.n + first) * s_.stages;
     for (int64_t j = 0; j < n * s_.stages; ++j) indices[j] = -1;
@@ -57,7 +57,7 @@ class Block {
   }
 
   void write(int64_t group, int64_t first, int64_t n) const {
-    RowsOut(at_group(a_.quantized, group)).write(first, n, total_.get(), s_.pitch);
+    RowsOut(select_first(a_.quantized, group)).write(first, n, total_.get(), s_.pitch);
   }
 
  private:

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "../common/scratch.h"
+#include "../common/subview.h"
 #include "../vq_nearest/plan.h"
 #include "../vq_nearest/rows.h"
 #include "residual_vector_quantize.h"
@@ -14,25 +15,6 @@ namespace GENPERF_ISA {
 namespace residual {
 
 inline int64_t padded_dim(int64_t dim) { return (dim + kLanes - 1) / kLanes * kLanes; }
-
-// Dimension 0 taken at `index`.
-inline View at_group(const View& v, int64_t index) {
-  constexpr int kBytes[] = {4, 2, 2, 8, 8};
-  View one = v;
-  one.data = static_cast<char*>(v.data) + index * v.stride[0] * kBytes[static_cast<int>(v.dtype)];
-  one.ndim = v.ndim - 1;
-  for (int d = 0; d < one.ndim; ++d) one.shape[d] = v.shape[d + 1], one.stride[d] = v.stride[d + 1];
-  return one;
-}
-
-// The elements [begin, begin + n) of the last dimension.
-inline View part_of_rows(const View& v, int64_t begin, int64_t n) {
-  View part = v;
-  const int last = v.ndim - 1, bytes = v.dtype == DType::kFloat32 ? 4 : 2;
-  part.data = static_cast<char*>(v.data) + begin * v.stride[last] * bytes;
-  part.shape[last] = n;
-  return part;
-}
 
 // What the loops go over.
 struct Sizes {

@@ -10,6 +10,9 @@ namespace genperf {
 namespace GENPERF_ISA {
 namespace residual {
 
+// Elements [first, first + n) of the last dimension.
+inline View last_of(const View& v, int64_t first, int64_t n) { return sliced(v, v.ndim - 1, first, n); }
+
 class Sums {
  public:
   static constexpr int64_t kRows = 1 << 14;  // vectors whose residuals are held
@@ -24,7 +27,7 @@ class Sums {
   // The dimensions from d of a group; `offset` is the first of its codewords in the results.
   void run(int64_t group, int64_t d, int64_t offset) {
     const int64_t width = std::min<int64_t>(kLanes, s_.dim - d);
-    const Rows x(part_of_rows(at_group(a_.x, group), d, width));
+    const Rows x(last_of(select_first(a_.x, group), d, width));
     int64_t first = 0;
     do {
       const int64_t n = std::min(kRows, s_.n - first);
@@ -33,7 +36,7 @@ class Sums {
       for (int64_t i = 0; i < s_.stages; ++i) {
         const View& codebook = a_.codebooks[group * s_.stages + i];
         const int64_t codewords = codebook.shape[0];
-        read_rows(Rows(part_of_rows(codebook, d, width)), 0, codewords, width, words_.get(), kLanes);
+        read_rows(Rows(last_of(codebook, d, width)), 0, codewords, width, words_.get(), kLanes);
         for (int64_t j = 0; j < codewords * kLanes; ++j) sums_[j] = 0.0f;
         stage(static_cast<const int64_t*>(a_.indices.data) + (group * s_.n + first) * s_.stages + i, n,
               codewords);

@@ -8,7 +8,7 @@ for high fidelity audio codec", 2023 (arXiv:2305.02765).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,8 +83,41 @@ def _cpu_backward(
     return grad_x
 
 
+def _triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from genperf.kernels.residual_vector_quantize import residual_vector_quantize
+
+    return residual_vector_quantize(*args)
+
+
+def _triton_backward(*args: Any) -> Tensor:
+    from genperf.kernels.residual_vector_quantize import residual_vector_quantize_backward
+
+    return residual_vector_quantize_backward(*args)
+
+
+def _refuses_triton(x: Tensor, codebooks: Sequence[Tensor], *args: Any) -> str | None:
+    if args[-1] == METRICS["cosine"]:
+        return "cosine is left to the reference"
+    if len({codebook.shape[0] for codebook in codebooks}) > 1:
+        return "codebooks of different sizes are left to the reference"
+    return refuses(x.reshape(-1), codebooks)  # of any number of dimensions
+
+
+def _refuses_triton_backward(
+    grad: Tensor, coefficients: Tensor, x: Tensor, codebooks: Sequence[Tensor], indices: Tensor,
+    rotation: bool, of_sum: bool, fraction: float,
+) -> str | None:  # fmt: skip
+    if rotation and fraction > 0:
+        return "a rotation with a residual gradient is left to the reference"
+    if x.shape[-1] > 2048:
+        return f"{x.shape[-1]} dimensions, at most 2048"
+    return _refuses_triton(x, codebooks, METRICS["l2"])
+
+
 _forward_op.implement("cpu", _cpu, refuses)
+_forward_op.implement("triton", _triton, _refuses_triton)
 _backward_op.implement("cpu", _cpu_backward, lambda *args: refuses(*args[2:]))
+_backward_op.implement("triton", _triton_backward, _refuses_triton_backward)
 
 
 class _Settings(NamedTuple):

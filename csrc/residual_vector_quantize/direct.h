@@ -23,7 +23,7 @@ GENPERF_HD float sum_native(Nf v) {
 class DirectSearch {
  public:
   static constexpr int64_t kMost =
-      96;  // vectors of a call for which this is faster than to pack the codebooks
+      16;  // vectors of a call for which this is faster than to pack the codebooks
 
   DirectSearch(const View& codebook, int64_t dim, int64_t rows)
       : codebook_(codebook),

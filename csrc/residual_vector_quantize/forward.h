@@ -15,8 +15,9 @@ using Codebooks = std::vector<std::unique_ptr<vq::SearchedCodebook>>;
 // The vectors of a block: many enough that a codebook, read from the second-level cache by every block, is
 // read there seldom, few enough that there is work for all threads. Does not depend on the number of these.
 inline int64_t rows_of_block(int64_t n, int64_t dim) {
-  const int64_t most = std::clamp<int64_t>((1 << 15) / dim, 32, 256), fair = (n + 7) / 8;
-  return (std::clamp<int64_t>(fair, 32, most) + 31) / 32 * 32;
+  constexpr int64_t kAtOnce = vq::RowSearch::kMost;
+  const int64_t fair = std::max<int64_t>(1, n / 8 / kAtOnce);
+  return kAtOnce * std::clamp<int64_t>((1 << 15) / dim / kAtOnce, 1, std::min<int64_t>(fair, 4));
 }
 
 class Block {
@@ -74,8 +75,8 @@ class Block {
     return kept;
   }
 
-  void search(const vq::SearchedCodebook& codebook, int64_t n) {
-    constexpr int64_t kAtOnce = vq::RowSearch::kMost / vq::kTile * vq::kTile;
+  void search(vq::SearchedCodebook& codebook, int64_t n) {
+    constexpr int64_t kAtOnce = vq::RowSearch::kMost;
     vq::RowSearch rows(codebook);
     for (int64_t r = 0; r < n; r += kAtOnce)
       rows.nearest(residual_.get() + r * s_.pitch, s_.pitch, static_cast<int>(std::min(kAtOnce, n - r)),

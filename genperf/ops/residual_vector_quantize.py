@@ -95,9 +95,7 @@ def _triton_backward(*args: Any) -> Tensor:
     return residual_vector_quantize_backward(*args)
 
 
-def _refuses_triton(x: Tensor, codebooks: Sequence[Tensor], *args: Any) -> str | None:
-    if args[-1] == METRICS["cosine"]:
-        return "cosine is left to the reference"
+def _refuses_triton(x: Tensor, codebooks: Sequence[Tensor], *_: Any) -> str | None:
     if len({codebook.shape[0] for codebook in codebooks}) > 1:
         return "codebooks of different sizes are left to the reference"
     return refuses(x.reshape(-1), codebooks)  # of any number of dimensions
@@ -109,9 +107,9 @@ def _refuses_triton_backward(
 ) -> str | None:  # fmt: skip
     if rotation and fraction > 0:
         return "a rotation with a residual gradient is left to the reference"
-    if x.shape[-1] > 2048:
-        return f"{x.shape[-1]} dimensions, at most 2048"
-    return _refuses_triton(x, codebooks, METRICS["l2"])
+    if x.shape[-1] > 8192:
+        return f"vectors of {x.shape[-1]} elements, at most 8192"
+    return _refuses_triton(x, codebooks)
 
 
 _forward_op.implement("cpu", _cpu, refuses)
@@ -217,8 +215,9 @@ def residual_vector_quantize(
       every stage has its commitment gradient.
 
     Backends: ``cpu`` (baseline, AVX2, AVX-512), where blocks of vectors go through all stages in cache;
-    few vectors, such as a frame of a stream, without packed codebooks. ``reference``, which calls
-    :func:`vq_nearest` stage by stage.
+    few vectors, such as a frame of a stream, without packed codebooks. ``triton``, for codebooks of one size:
+    few vectors by "l2" in one launch, others with the launches of :func:`vq_nearest` for each stage.
+    ``reference``, which calls :func:`vq_nearest` stage by stage.
 
     Args:
         x: [*, D], or with D along ``dim``; with groups [groups, *, D]. Any strides. float32, float16,

@@ -11,7 +11,7 @@ from genperf_testing.cases import SHAPES, Case, normals
 
 from genperf.ops import residual_vector_quantize, vq_nearest
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 
 def grid(shape, unit, *seed):

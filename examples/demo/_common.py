@@ -119,11 +119,15 @@ def train(
 
 
 def race(
-    what: str, original: Callable, same_noise: Callable, own_noise: Callable, seconds: float = 4
+    what: str,
+    original: Callable,
+    same_noise: Callable,
+    own_noise: Callable | None = None,
+    seconds: float = 4,
 ) -> Timing:
     """Medians of interleaved runs, in CPU time."""
-    contenders = (original, same_noise, own_noise)
-    taken: list[list[float]] = [[], [], []]
+    contenders = (original, same_noise) if own_noise is None else (original, same_noise, own_noise)
+    taken: list[list[float]] = [[] for _ in contenders]
     for run in contenders:
         run()
     start = time.perf_counter()
@@ -189,6 +193,20 @@ def saved_bytes(forward: Callable[[], object]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         kept.append(forward())
     return sum(storages.values())
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """How much more memory the process holds at some time during ``run`` than before; by Linux's count."""
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+    run()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+    before = status("VmRSS")
+    run()
+    return max(0, status("VmHWM") - before)
 
 
 def psnr(a: Tensor, b: Tensor, peak: float) -> float:

@@ -11,7 +11,6 @@ import torch
 from _common import (
     Outcome,
     backward,
-    compare_training,
     crops,
     peak_bytes,
     photos,
@@ -26,8 +25,8 @@ from torch import Tensor, nn
 import genperf
 
 TITLE = "diffusers VQModel, photos"
-CODEWORDS = 4096
-STEPS = 300
+CODEWORDS = 2048
+STEPS = 250  # without a codebook, and again with one
 
 
 def loss(model: nn.Module, x: Tensor) -> Tensor:
@@ -35,23 +34,30 @@ def loss(model: nn.Module, x: Tensor) -> Tensor:
     return (output.sample - x).square().mean() + output.commit_loss.mean()
 
 
-def build(images: Tensor) -> VQModel:
-    """With latents of ``images`` as the first codewords, without which a short training does not suffice."""
-    model = VQModel(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
+def without_codebook(model: nn.Module, x: Tensor) -> Tensor:
+    reconstruction = model.decode(model.encode(x).latents, force_not_quantize=True).sample
+    return (reconstruction - x).square().mean()
+
+
+def build() -> VQModel:
+    return VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=4,
         num_vq_embeddings=CODEWORDS,
         norm_num_groups=1,
         mid_block_add_attention=False,
     )
-    with torch.no_grad():
-        latents = model.encode(images).latents.movedim(1, -1).flatten(0, -2)
-        chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:CODEWORDS]
-        model.quantize.embedding.weight.copy_(latents[chosen])
-    return model
+
+
+@torch.no_grad()
+def choose_codewords(model: VQModel, images: Tensor) -> None:
+    """Latents of ``images`` as codewords: a short training would not find them from where they start."""
+    latents = model.encode(images).latents.movedim(1, -1).flatten(0, -2)
+    chosen = torch.randperm(len(latents), generator=torch.Generator().manual_seed(0))[:CODEWORDS]
+    model.quantize.embedding.weight.copy_(latents[chosen])
 
 
 def run(output: Path) -> Outcome:
@@ -61,9 +67,11 @@ def run(output: Path) -> Outcome:
 
     def batches() -> Iterator[Tensor]:
         while True:
-            yield crops(images, 8, 32, generator)
+            yield crops(images, 6, 24, generator)
 
-    original = build(crops(images, 16, 64, generator))
+    original = build()
+    train(original, without_codebook, batches(), STEPS, 3e-3)
+    choose_codewords(original, crops(images, 16, 64, generator))
     fast = deepcopy(original)
     report = genperf.accelerate(fast, mode="training")
     print(report)
@@ -72,20 +80,15 @@ def run(output: Path) -> Outcome:
     verification = report.verify(next(batches()), call=loss, seconds=0)
     print(f"\n{verification}\n")
     outcome.require(verification, "the accelerated model does not agree with the original in float64")
-    compare_training(outcome, original, fast, loss, [crops(images, 8, 32, generator) for _ in range(10)])
-
-    steps = len(train(fast, loss, batches(), STEPS, 3e-3))
-    original.load_state_dict(fast.state_dict())
+    codes_of_both(outcome, original, fast, original.encode(crops(images, 16, 64, generator)).latents)
+    steps = len(train(fast, loss, batches(), STEPS, 2e-3))
+    original.load_state_dict(fast.state_dict())  # trajectories part where two codewords are about as near
     with torch.no_grad():
         latents = fast.encode(unseen[None]).latents
         reconstruction = fast.decode(latents).sample[0]
-        codes, expected = (codes_of(model, latents) for model in (fast, original))
-    outcome.require(torch.equal(codes, expected), "the codes differ from those of the original")
+    codes = codes_of_both(outcome, original, fast, latents)
     quality, used = psnr(reconstruction, unseen, peak=2), codes.unique().numel()
-    print(
-        f"  trained for {steps} steps; a photo kept out of training is reconstructed at {quality:.1f} dB from "
-        f"{codes.numel()} codes,\n  {used} different ones, the same before and after acceleration\n"
-    )
+    print(f"  trained for {steps} steps; a photo kept out of training is reconstructed at {quality:.1f} dB\n")
     outcome.picture = output / "vq_model.png"
     panels = {
         "a photo kept out of training": shown(unseen),
@@ -106,15 +109,22 @@ def run(output: Path) -> Outcome:
         race("training step, 8 photos 64x64", *[backward(lambda m=m: loss(m, crop)) for m in models]),
     ]
     before, after = (peak_bytes(backward(of_quantizer(model, latents))) / 2**20 for model in models)
-    print(
-        f"  peak memory of the quantizer in training: {before:.0f} MiB originally, {after:.1f} MiB accelerated"
-    )
+    print(f"  peak memory of the trained quantizer: {before:.0f} MiB originally, {after:.1f} MiB accelerated")
     outcome.require(after < before / 4, "the quantizer takes more memory than it should")
     return outcome
 
 
-def codes_of(model: VQModel, latents: Tensor) -> Tensor:
-    return model.quantize(latents)[2][2]
+@torch.no_grad()
+def codes_of_both(outcome: Outcome, original: VQModel, fast: VQModel, latents: Tensor) -> Tensor:
+    """The codes after acceleration, which may differ from those before only where they are nearer."""
+    before, after = (model.quantize(latents)[2][2] for model in (original, fast))
+    x, words = latents.movedim(1, -1).flatten(0, -2).double(), fast.quantize.embedding.weight.double()
+    differ = before != after
+    near, far = ((x - words[codes]).norm(dim=1)[differ] for codes in (after, before))
+    farther = f", codewords {(far / near - 1).median():.0e} farther away" if differ.any() else ""
+    print(f"  {len(after)} codes: {len(near)} were others before acceleration{farther}")
+    outcome.require((near < far).all(), "a code is not that of the nearest codeword")
+    return after
 
 
 def evaluating(quantizer: nn.Module, latents: Tensor) -> Callable[[], None]:

@@ -159,7 +159,7 @@ def any_short(vectors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return bool((vectors.detach().float().square().sum(-1) < _SHORT * _SHORT).any())
+    return bool((vectors.detach().float().norm(dim=-1) < _SHORT).any())
 
 
 def _result(vq: Any, x: Tensor, vectors: Tensor, embed: Tensor, found: Tensor, op: Any, own: _Own) -> Tensor:

@@ -48,9 +48,9 @@ class RowsOut {
   }
 
   void write(int64_t first, int64_t n, const float* from, int64_t pitch) const {
-    Position at(lead_, first);
     const int64_t stride = lead_.stride[lead_.ndim - 1];
     for (int64_t r = 0; r < n;) {
+      const Position at(lead_, first + r);
       const int64_t count = std::min({at.run, n - r, int64_t{Rows::kMost}});
       const float* rows = from + r * pitch;
       if (step_ == 1 || count == 1) {
@@ -63,11 +63,6 @@ class RowsOut {
         }
       }
       r += count;
-      if (count == at.run) {
-        at.next_run(lead_);
-      } else {
-        at.run -= count, at.offset += count * stride, at.index[lead_.ndim - 1] += count;
-      }
     }
   }
 

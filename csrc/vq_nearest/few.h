@@ -15,12 +15,14 @@ struct FewProbe;  // of the tests
 
 class Few {
  public:
-  static constexpr int kMost = 16;  // vectors
+  static constexpr int kMost = 12;  // vectors
 
   Few(const VqSearch& a, const Codebook& book)
       : a_(a),
         book_(book),
         pitch_(book.pitch()),
+        error_(static_cast<float>(1.01 * kRoundoff * (static_cast<double>(a.dim / kLanes) + 12.0))),
+        tiny_(static_cast<float>(a.dim + 16) * 0x1p-125f),
         x_(kMost * pitch_, 0.0f),
         buffer_(a.dim),
         best_(kMost * a.k),
@@ -114,20 +116,18 @@ class Few {
 
   // Of what orders the codewords, from a sum in float32 and the square of the codeword's norm.
   Bounds bounds(int r, float sum, float square) const {
-    const float error = static_cast<float>(1.01 * kRoundoff * (a_.dim / kLanes + 12.0));
-    const float tiny = static_cast<float>(a_.dim + 16) * 0x1p-125f;
     constexpr Bounds kUnknown = {-kInfinity, kInfinity};
     if (a_.metric == Metric::kL2) {
       if (!(sum < 3e38f)) return {2e38f, kInfinity};
-      return {sum - (error * sum + tiny), sum + (error * sum + tiny)};
+      return {sum - (error_ * sum + tiny_), sum + (error_ * sum + tiny_)};
     }
     float value = -sum, bound = 0.0f;
     if (a_.metric == Metric::kDot) {
-      bound = 1.01f * error * norm_[r] * std::sqrt(square + tiny) + tiny;
+      bound = 1.01f * error_ * norm_[r] * std::sqrt(square + tiny_) + tiny_;
     } else {
       if (!(square > 1e-30f && square < 1e30f)) return kUnknown;
       value /= std::sqrt(square);
-      bound = 2.02f * error * norm_[r] + 1e15f * tiny;
+      bound = 2.02f * error_ * norm_[r] + 1e15f * tiny_;
     }
     return std::fabs(value) < 1e38f ? Bounds{value - bound, value + bound} : kUnknown;
   }
@@ -159,6 +159,7 @@ class Few {
   const VqSearch& a_;
   const Codebook& book_;
   const int64_t pitch_;
+  const float error_, tiny_;  // of a sum: relative, absolute
   Scratch<float> x_, buffer_;
   Scratch<float> best_;  // upper bounds of what the k nearest codewords' order goes by
   Scratch<Hit> hits_;

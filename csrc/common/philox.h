@@ -7,6 +7,7 @@
 //   uniform  (bits >> 8) 2^-24 + 2^-25, in [2^-25, 1]
 //   normal   Box-Muller over the lane pairs (0, 1) and (2, 3): radius from the even lane's uniform,
 //            angle 2 pi ((odd bits >> 8) + 1/2) 2^-24; cosine to the even lane, sine to the odd one
+//   gumbel   -log(e) of the exponential e = -log(1 - v), v = (bits + 1/2) 2^-32
 #pragma once
 
 #include "math.h"
@@ -41,6 +42,20 @@ GENPERF_HD void philox4x32_10(uint32_t (&c)[4], uint32_t k0, uint32_t k1) {
 template <class F>
 GENPERF_HD F uniform_from_bits(UintOf<F> bits) {
   return floats_of((IntOf<F>)(bits >> 8)) * 5.9604644775390625e-8f + 2.98023223876953125e-8f;
+}
+
+// A standard Gumbel variate, in [-3.2, 22.9]. All 32 bits count where e is small, since the largest of many
+// variates is the one with the smallest e.
+template <class F>
+GENPERF_HD F gumbel_from_bits(UintOf<F> bits) {
+  using I = IntOf<F>;
+  const I i = (I)bits;
+  const auto below_half = i >= 0;
+  F w = floats_of(i ^ (i >> 31)) * 2.3283064365386963e-10f + 1.16415321826934814453125e-10f;
+  F rest = 1.0f - w;  // below one half v = w, else 1 - v = w
+  F logarithm = log_normal(select(below_half, rest, w));
+  F lost = (-w - (rest - 1.0f)) / rest;  // of w, in the rounding of `rest`
+  return -log_normal(-select(below_half, logarithm + lost, logarithm));
 }
 
 // Input: the words of an even and of the next odd lane. Output: two independent standard normals.

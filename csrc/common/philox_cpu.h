@@ -13,7 +13,7 @@ inline PhiloxKey philox_key(const View& key, int64_t sample) {
   return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[key.stride[key.ndim - 1]])};
 }
 
-enum class Distribution : int { kNormal, kUniform };
+enum class Distribution : int { kNormal, kUniform, kGumbel };
 
 // A key with its ten round keys, each in all lanes of a native vector.
 struct PhiloxSchedule {
@@ -102,6 +102,9 @@ inline const float* philox_chunk(PhiloxKey key, uint64_t start, int n, PhiloxBuf
     if constexpr (kDistribution == Distribution::kNormal) {
       normals_from_bits<Vf>(w0, w1, x0, x1);
       normals_from_bits<Vf>(w2, w3, x2, x3);
+    } else if constexpr (kDistribution == Distribution::kGumbel) {
+      x0 = gumbel_from_bits<Vf>(w0), x1 = gumbel_from_bits<Vf>(w1);
+      x2 = gumbel_from_bits<Vf>(w2), x3 = gumbel_from_bits<Vf>(w3);
     } else {
       x0 = uniform_from_bits<Vf>(w0), x1 = uniform_from_bits<Vf>(w1);
       x2 = uniform_from_bits<Vf>(w2), x3 = uniform_from_bits<Vf>(w3);

@@ -126,6 +126,17 @@ def first_argument(function: FunctionType) -> str:
     return "" if any(p.default is inspect._empty for p in parameters[1:]) else parameters[0].name
 
 
+def as_method_of(function: FunctionType, method: Any) -> FunctionType:
+    """``method(self, x, ...)`` under the name of ``function``, and ``x`` under the name of its argument."""
+    code = method.__code__
+    names = {"x": first_argument(function)}
+    code = code.replace(co_varnames=tuple(names.get(name, name) for name in code.co_varnames))
+    made = FunctionType(code, method.__globals__, function.__name__, None, method.__closure__)
+    made.__qualname__, made.__doc__ = function.__qualname__, function.__doc__
+    made.__module__ = function.__module__
+    return made
+
+
 def given_defaults(function: FunctionType) -> Callable[[tuple[Any, ...], dict[str, Any]], bool]:
     """A function that tells whether further arguments are the defaults."""
     parameters = list(inspect.signature(function).parameters.values())[2:]

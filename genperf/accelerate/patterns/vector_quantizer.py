@@ -25,7 +25,7 @@ from genperf.accelerate._quantizer import Convention, search_backend
 from genperf.accelerate._quantizer_find import CANNOT_RUN, LAYOUTS
 from genperf.accelerate._quantizer_find import find as find_convention
 from genperf.accelerate._quantizer_probe import Target, codebooks
-from genperf.accelerate._quantizer_source import Source, Unknown, first_argument, given_defaults
+from genperf.accelerate._quantizer_source import Source, Unknown, as_method_of, first_argument, given_defaults
 from genperf.accelerate._rewrite import methods_of
 from genperf.accelerate.patterns._vqp_source import is_quantizer
 
@@ -135,10 +135,4 @@ def _replacement(function: FunctionType, conventions: dict[tuple[bool, int], Con
             return function(self, x, *more, **named)
         return convention.run(self, x)
 
-    code = method.__code__
-    names = {"x": first_argument(function)}
-    code = code.replace(co_varnames=tuple(names.get(name, name) for name in code.co_varnames))
-    renamed = FunctionType(code, method.__globals__, function.__name__, None, method.__closure__)
-    renamed.__qualname__, renamed.__doc__ = function.__qualname__, function.__doc__
-    renamed.__module__ = function.__module__
-    return renamed
+    return as_method_of(function, method)

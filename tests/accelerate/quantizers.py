@@ -388,6 +388,37 @@ class CountingQuantizer(ImageQuantizer):
         return self.embedding(self.last)
 
 
+class GumbelQuantizer(nn.Module):
+    """As GumbelQuantize of taming-transformers."""
+
+    def __init__(self, channels=5, embedding_dim=6, n_embed=16, straight_through=True, kl_weight=0.02):
+        super().__init__()
+        self.n_embed, self.straight_through, self.kl_weight = n_embed, straight_through, kl_weight
+        self.temperature = 1.3
+        self.proj = nn.Conv2d(channels, n_embed, 1)
+        self.embed = nn.Embedding(n_embed, embedding_dim)
+
+    def forward(self, z, temp=None, return_logits=False):
+        hard = self.straight_through if self.training else True
+        temp = self.temperature if temp is None else temp
+        logits = self.proj(z)
+        one_hot = F.gumbel_softmax(logits, tau=temp, dim=1, hard=hard)
+        z_q = torch.einsum("bnhw,nd->bdhw", one_hot, self.embed.weight)
+        q = logits.softmax(1)
+        diff = self.kl_weight * (q * torch.log(q * self.n_embed + 1e-10)).sum(1).mean()
+        found = z_q, diff, (None, None, one_hot.argmax(1))
+        return (*found, logits) if return_logits else found
+
+
+class SharpGumbelQuantizer(GumbelQuantizer):
+    """Draws from other probabilities than the softmax of its logits."""
+
+    def forward(self, z):
+        logits = self.proj(z)
+        one_hot = F.gumbel_softmax(2 * logits, tau=self.temperature, dim=1, hard=True)
+        return torch.einsum("bnhw,nd->bdhw", one_hot, self.embed.weight), one_hot.argmax(1)
+
+
 class TextEncoder(nn.Module):
     """Looks for the end of a text by argmax, and has an embedding; it is no quantizer."""
 

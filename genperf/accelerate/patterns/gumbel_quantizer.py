@@ -1,8 +1,9 @@
 """Quantizers that draw a codeword by Gumbel-softmax: GumbelQuantize of taming-transformers and its kin.
 
-A convolution gives the logits; a soft or a hard sample of them is multiplied with the codebook, and the loss is the
-divergence of their softmax from the uniform distribution. Which attributes are the temperature and the weight of
-the loss, in which mode the sample is hard, and what is returned, is found by running the method with a seed.
+A convolution gives the logits; a soft or a hard sample of them is multiplied with the codebook, and the loss
+is the divergence of their softmax from the uniform distribution. Which attributes are the temperature and the
+weight of the loss, in which mode the sample is hard, and what is returned, is found by running the method.
+The quantized tensor is contiguous; the product of the original may leave another layout.
 """
 
 from __future__ import annotations
@@ -128,7 +129,9 @@ def _replacement(function: FunctionType, conventions: dict[bool, Convention], rn
 class _Run:
     """A run of a method on a random copy: its outputs and gradients."""
 
-    def __init__(self, module: nn.Module, function: Any, training: bool, seed: int = 1, **changed: Any) -> None:
+    def __init__(
+        self, module: nn.Module, function: Any, training: bool, seed: int = 1, **changed: Any
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.module = random_copy(module, generator, training)
         for name, value in changed.items():
@@ -168,9 +171,7 @@ def _found(
         for weight in reversed(numbers):
             bound = {temperature.attribute, weight.attribute}
             fixed = tuple((n, v) for n, v in source.attributes.items() if n not in bound)
-            convention = Convention(
-                logits, book, temperature, hard, weight, theirs.structure, roles, fixed
-            )
+            convention = Convention(logits, book, temperature, hard, weight, theirs.structure, roles, fixed)
             changed = {n: 1.5 * getattr(module, n) for n in bound - {""}}
             if all(_same(module, function, convention, training, s, c) for s, c in ((1, {}), (2, changed))):
                 return convention

@@ -53,7 +53,8 @@ def find(module: nn.Module, cls: type, options: Options) -> Iterator[Match | Ref
         return
     methods = methods_of(cls)
     for name in _METHODS:
-        if name not in methods or not _SEARCHES & set(inspect.unwrap(methods[name]).__code__.co_names):
+        names = set(inspect.unwrap(methods[name]).__code__.co_names) if name in methods else set()
+        if not _SEARCHES & names or "gumbel_softmax" in names:
             continue
         function, was = methods[name], f"{cls.__name__}.{name}"
         if name in module.__dict__:

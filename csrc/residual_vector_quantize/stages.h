@@ -31,7 +31,8 @@ struct Sizes {
 };
 
 // Any number of rows, and their padding.
-inline void read_rows(const Rows& from, int64_t first, int64_t n, int64_t dim, float* to, int64_t pitch) {
+__attribute__((noinline)) inline void read_rows(const Rows& from, int64_t first, int64_t n, int64_t dim,
+                                                float* to, int64_t pitch) {
   for (int64_t i = 0; i < n; i += Rows::kMost)
     from.read(first + i, static_cast<int>(std::min<int64_t>(Rows::kMost, n - i)), to + i * pitch, pitch);
   for (int64_t i = 0; i < n; ++i)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genperf.bench import Benchmark, Case
-from genperf.ops import draw_key, gumbel_quantize
 from genperf.ops._gumbel_quantize_reference import reference_gumbels
+from genperf.ops.gumbel_quantize import gumbel_quantize
+from genperf.ops.philox_random import draw_key
 
 _TEMPERATURE = 1.0
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from genperf.bench import Benchmark, Case
-from genperf.ops import soft_assignment
+from genperf.ops.soft_assignment import soft_assignment
 
 _EPSILON = 1e-5  # under the logarithm of a mean probability
 _PASSES = {"fwd": 1, "bwd": 3, "fwd+bwd": 4}  # products of N K D terms

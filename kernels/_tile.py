@@ -114,6 +114,20 @@ def offset_of(i_b, i_n, sizes, strides):
     return offset + i_n.to(tl.int64) * strides[len(sizes) + 1]
 
 
+def collapsed(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For offset_of: sizes of the dimensions between the first and the last, less the outermost; strides."""
+    merged: list[tuple[int, int]] = []  # innermost first
+    for size, stride in reversed([*zip(x.shape[1:-1], x.stride()[1:-1], strict=True)]):
+        if size == 1:
+            continue
+        if merged and stride == merged[-1][0] * merged[-1][1]:
+            merged[-1] = (merged[-1][0] * size, merged[-1][1])
+        else:
+            merged.append((size, stride))
+    merged = merged or [(1, 1)]
+    return tuple(size for size, _ in merged[:-1]), (x.stride(0), *(stride for _, stride in merged))
+
+
 @triton.jit
 def store_sums(p, b, n_samples, n_chunks, i_chunk, i_b, m):
     """Each sample's sum over this tile, to [n_samples, n_chunks], saturated."""

@@ -57,6 +57,12 @@ def _cpu(x: Tensor, indices: Tensor, n_codewords: int) -> tuple[Tensor, Tensor]:
     return counts, sums
 
 
+def _triton(x: Tensor, indices: Tensor, n_codewords: int) -> tuple[Tensor, Tensor]:
+    from genperf.kernels.codebook_statistics import codebook_statistics
+
+    return codebook_statistics(x, indices, n_codewords)
+
+
 def _refuses(x: Tensor, indices: Tensor, n_codewords: int) -> str | None:
     if x.dtype not in NATIVE_DTYPES:
         return f"{x.dtype} is left to the reference"
@@ -72,6 +78,7 @@ _op = Operator(
     _outputs,
 )
 _op.implement("cpu", _cpu, _refuses)
+_op.implement("triton", _triton, _refuses)
 
 
 def codebook_statistics(
@@ -94,7 +101,8 @@ def codebook_statistics(
     A vector that is not finite makes the sum of its codeword NaN or infinite, and no other; ``mask`` leaves
     it out.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``reference``.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton`` (which sorts the indices), ``reference``. There is
+    no CUDA C++ kernel: nothing here is beyond Triton.
 
     Args:
         x: [*, D], or with its vectors along ``dim``, such as 1 for images [B, D, H, W]; with ``heads``

@@ -42,10 +42,8 @@ def _loss_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _reference(
-    x: Tensor, codebook: Tensor, indices: Tensor | None, mask: Tensor | None, metric: int, reduction: int,
-    want_counts: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+def _chosen(x: Tensor, codebook: Tensor, indices: Tensor | None, mask: Tensor | None, metric: int) -> Tensor:
+    """The indices found or given, -1 where a vector is left out; contiguous."""
     n_codewords = codebook.shape[1]
     if indices is None:
         chosen = vq_nearest(x, codebook, _METRIC_NAMES[metric]).indices
@@ -57,9 +55,17 @@ def _reference(
         chosen = torch.where(known, indices, -1)
     if mask is not None:
         chosen = torch.where(mask, chosen, -1)
+    return chosen.contiguous()
+
+
+def _reference(
+    x: Tensor, codebook: Tensor, indices: Tensor | None, mask: Tensor | None, metric: int, reduction: int,
+    want_counts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    chosen = _chosen(x, codebook, indices, mask, metric)
     return (
         formulas.quantized(x, codebook, chosen),
-        chosen.contiguous(),
+        chosen,
         formulas.squares(x, codebook, chosen, reduction),
         formulas.counts(codebook, chosen) if want_counts else None,
     )
@@ -122,6 +128,24 @@ def _cpu_backward(
     return out
 
 
+def _triton(
+    x: Tensor, codebook: Tensor, indices: Tensor | None, mask: Tensor | None, metric: int, reduction: int,
+    want_counts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    from genperf.kernels.vector_quantize import vector_quantize
+
+    chosen = _chosen(x, codebook, indices, mask, metric)
+    all_kept = indices is None and mask is None
+    quantized, squares = vector_quantize(x, codebook, chosen, reduction, all_kept)
+    return quantized, chosen, squares, formulas.counts(codebook, chosen) if want_counts else None
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor | None, Tensor | None]:
+    from genperf.kernels.vector_quantize import vector_quantize_backward
+
+    return vector_quantize_backward(*args)
+
+
 def _refuses(x: Tensor, codebook: Tensor, *_: Any) -> str | None:
     if x.dtype not in NATIVE_DTYPES:
         return f"{x.dtype} is left to the reference"
@@ -148,6 +172,8 @@ _backward_op = Operator(
 
 _forward_op.implement("cpu", _cpu, _refuses)
 _backward_op.implement("cpu", _cpu_backward, lambda *args: _refuses(*args[3:5]))
+_forward_op.implement("triton", _triton, _refuses)
+_backward_op.implement("triton", _triton_backward, lambda *args: _refuses(*args[3:5]))
 
 
 def _scaled(grad: Tensor | None, weight: float, other: Tensor | None) -> Tensor | None:
@@ -231,7 +257,9 @@ def vector_quantize(
     :func:`codebook_statistics` sums; nothing of the size [N, K] is made.
 
     Backends: ``cpu`` (baseline, AVX2, AVX-512), one native call forward and one backward;
-    ``reference``, which searches on the backend of :func:`vq_nearest`.
+    ``triton``, a kernel each for the gather with the losses, for the gradient of ``x``, and two for that of
+    the codebook; ``reference``. The last two search on the backend of :func:`vq_nearest`. There is no CUDA
+    C++ kernel: nothing here is beyond Triton.
 
     Args:
         x: [*, D], or with D along ``dim``; float32, float16, bfloat16 or float64.

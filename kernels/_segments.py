@@ -1,6 +1,6 @@
 """Sums of vectors by their codeword: sorted by it, cut into chunks of rows, summed in a fixed order.
 
-A chunk's segments, the runs of rows of one codeword, are summed by a scan. A segment within a chunk is a
+A chunk's segments, the runs of rows of one codeword, are summed row by row. A segment within a chunk is a
 codeword's sum; one that goes on is a partial sum of its chunk, of which a second kernel adds those of a
 codeword. Nothing is read on the host.
 """
@@ -16,41 +16,37 @@ ROWS = 32  # of a chunk
 
 
 @triton.jit
-def _within(a, a_starts, b, b_starts):
-    """Two neighbouring runs: where the second starts a segment, the first does not reach into it."""
-    return tl.where(b_starts != 0, b, a + b), a_starts | b_starts
-
-
-@triton.jit
 def _chunks_kernel(
     p_x, p_keys, p_order, p_starts, p_codebook, p_coefficient, p_sums, p_partials, sizes, strides, s_d,
     s_head, s_k, s_cd, rows, N, K, D, n_keys, of_group, PULL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    i_chunk = tl.program_id(0).to(tl.int64)
-    i = i_chunk * ROWS + tl.arange(0, ROWS)
+    """BLOCK_C chunks side by side, row after row."""
+    i_chunk = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     i_d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    key = tl.load(p_keys + i, mask=i < rows, other=n_keys)
-    m_row = key < n_keys
-    m = m_row[:, None] & (i_d < D)[None, :]
-    i_row = tl.load(p_order + i, mask=m_row, other=0)
-    at = offset_of(i_row // N, i_row % N, sizes, strides)
-    b_x = tl.load(p_x + at[:, None] + i_d[None, :] * s_d, mask=m, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
-    if PULL:
-        word = key // K * s_head + key % K * s_k
-        b_c = tl.load(p_codebook + word[:, None] + i_d[None, :] * s_cd, mask=m, other=0.0).to(tl.float32)
-        b_x = (b_c - b_x) * tl.load(p_coefficient + i_row // of_group, mask=m_row, other=0.0)[:, None]
-    start = tl.load(p_starts + key, mask=m_row, other=0)
-    end = tl.load(p_starts + key + 1, mask=m_row, other=0)
-    starts = (i == start).to(tl.int32)[:, None] + tl.zeros([ROWS, BLOCK_D], tl.int32)
-    b_sum, _ = tl.associative_scan((b_x, starts), 0, _within)
-    # The last row of a segment, or of what there is of it in the chunk, has its sum.
     begin = i_chunk * ROWS
-    whole = (start >= begin) & (end <= begin + ROWS)
-    p_partial = p_partials + (2 * i_chunk + (start >= begin).to(tl.int64)) * D
-    p_out = tl.where(whole, p_sums + key * D, p_partial)
-    last = (i + 1 == end) | (tl.arange(0, ROWS) == ROWS - 1)
-    tl.store(p_out[:, None] + i_d[None, :], b_sum, mask=m & last[:, None])
+    acc = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
+    for r in range(ROWS):
+        i = begin + r
+        key = tl.load(p_keys + i, mask=i < rows, other=n_keys)
+        m_row = key < n_keys
+        m = m_row[:, None] & (i_d < D)[None, :]
+        i_row = tl.load(p_order + i, mask=m_row, other=0)
+        at = offset_of(i_row // N, i_row % N, sizes, strides)
+        b_x = tl.load(p_x + at[:, None] + i_d[None, :] * s_d, mask=m, other=0.0).to(tl.float32)
+        if PULL:
+            word = key // K * s_head + key % K * s_k
+            b_c = tl.load(p_codebook + word[:, None] + i_d[None, :] * s_cd, mask=m, other=0.0).to(tl.float32)
+            b_x = (b_c - b_x) * tl.load(p_coefficient + i_row // of_group, mask=m_row, other=0.0)[:, None]
+        start = tl.load(p_starts + key, mask=m_row, other=0)
+        end = tl.load(p_starts + key + 1, mask=m_row, other=0)
+        acc = tl.where((i == start)[:, None], b_x, acc + b_x)  # [BLOCK_C, BLOCK_D]
+        # The last row of a segment, or of what there is of it in the chunk, has its sum.
+        whole = (start >= begin) & (end <= begin + ROWS)
+        p_partial = p_partials + (2 * i_chunk + (start >= begin).to(tl.int64)) * D
+        p_out = tl.where(whole, p_sums + key * D, p_partial)
+        last = (i + 1 == end) | (r == ROWS - 1)
+        tl.store(p_out[:, None] + i_d[None, :], acc, mask=m & last[:, None])
 
 
 @triton.jit
@@ -99,15 +95,16 @@ def segmented_sums(
     sums = x.new_empty((heads, n_codewords, dim), dtype=torch.float32)
     chunks = max(1, triton.cdiv(rows, ROWS))
     partials = x.new_empty((chunks, 2, dim), dtype=torch.float32)
-    block_d = min(64, triton.next_power_of_2(dim))
+    block_d = min(128, max(4, triton.next_power_of_2(dim)))
+    block_c = 1024 // block_d
     sizes, strides = collapsed(x)
     pull = codebook is not None
     words, word_strides = (codebook, codebook.stride()) if codebook is not None else (x, (0, 0, 0))
     with on_device_of(x):
-        _chunks_kernel[(chunks, triton.cdiv(dim, block_d))](
+        _chunks_kernel[(triton.cdiv(chunks, block_c), triton.cdiv(dim, block_d))](
             x, keys, order, starts, words, coefficient if pull else partials, sums, partials, sizes, strides,
             x.stride(-1), *word_strides, rows, n, n_codewords, dim, n_keys, of_group,
-            PULL=pull, ROWS=ROWS, BLOCK_D=block_d, **LAUNCH,
+            PULL=pull, ROWS=ROWS, BLOCK_C=block_c, BLOCK_D=block_d, **LAUNCH,
         )  # fmt: skip
         if n_keys:
             _join_kernel[(n_keys, triton.cdiv(dim, block_d))](

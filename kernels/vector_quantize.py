@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._math import rounded
 from ._segments import segmented_sums
 from ._tile import LAUNCH, Example, collapsed, offset_of, on_device_of
 
@@ -111,7 +112,11 @@ def _of_vectors_kernel(
         if p_coefficient is not None:
             b_to += (b_x - b_c) * pull[:, None]
         b_to = tl.where(kept[:, None], b_to, 0.0)
-        tl.store(p_to[:, None] + i_d[None, :] * s_out, b_to, mask=m_row[:, None] & m_d)
+        tl.store(
+            p_to[:, None] + i_d[None, :] * s_out,
+            rounded(b_to, p_out.dtype.element_ty),
+            mask=m_row[:, None] & m_d,
+        )
 
 
 def _blocks(rows: int, dim: int) -> tuple[tuple[int], dict]:

@@ -50,20 +50,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, each once; many times faster than by their names."""
+    """Parameters and buffers, each once; several times faster than by their names."""
     seen = set()
-    pending: list[nn.Module | None] = [model]
-    while pending:
-        module = pending.pop()
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
+    for module in model.modules():
         for own in (module._parameters, module._buffers):
             for tensor in own.values():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     yield tensor
-        pending.extend(reversed(module._modules.values()))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -1,8 +1,10 @@
 import importlib.util
 import pathlib
 import sys
+import time
 
 import pytest
+import torch
 
 
 def _load(name, file):
@@ -34,3 +36,18 @@ def loops():
 def quantizers():
     """tests/accelerate/quantizers.py, importable by name."""
     return _quantizers
+
+
+@pytest.fixture(scope="session")
+def process_group(tmp_path_factory):
+    """torch.distributed with one process; yields a list for what must live until its end.
+
+    torch deadlocks if the last reference to a gloo group goes while its thread still releases a finished work
+    (both want the interpreter's lock).
+    """
+    store = tmp_path_factory.mktemp("gloo") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    kept = []
+    yield kept
+    time.sleep(1)
+    torch.distributed.destroy_process_group()

@@ -5,7 +5,6 @@ import io
 import pickle
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -139,23 +138,14 @@ def test_data_parallel_replica(case):
 
 
 @pytest.fixture(scope="session")
-def wrap(tmp_path_factory):
-    """DistributedDataParallel in a group of one process.
-
-    What was wrapped is kept until the end: torch deadlocks if the last reference to a gloo group goes
-    while its thread still releases a finished work (both want the interpreter's lock).
-    """
-    store = tmp_path_factory.mktemp("gloo") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    wrapped = []
+def wrap(process_group):
+    """DistributedDataParallel; what was wrapped is kept until the group's end."""
 
     def wrap(model):
-        wrapped.append(nn.parallel.DistributedDataParallel(model))
-        return wrapped[-1]
+        process_group.append(nn.parallel.DistributedDataParallel(model))
+        return process_group[-1]
 
-    yield wrap
-    time.sleep(1)
-    torch.distributed.destroy_process_group()
+    return wrap
 
 
 def test_distributed_data_parallel(case, wrap):

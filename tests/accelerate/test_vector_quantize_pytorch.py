@@ -268,17 +268,13 @@ def test_sim_vq(options):
             check_call(original, accelerated, torch.randn(shape), call)
 
 
-def test_sync_codebook():
+def test_sync_codebook(process_group):
     """Statistics go through the process group, here of one process."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        torch.manual_seed(0)
-        original = VectorQuantize(dim=16, codebook_size=24, sync_codebook=True)
-        model = copy.deepcopy(original)
-        genperf.accelerate(model, strict=True)
-        check_call(original, model, torch.randn(3, 20, 16), {})
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.manual_seed(0)
+    original = VectorQuantize(dim=16, codebook_size=24, sync_codebook=True)
+    model = copy.deepcopy(original)
+    genperf.accelerate(model, strict=True)
+    check_call(original, model, torch.randn(3, 20, 16), {})
 
 
 def test_the_model_is_what_it_was():

@@ -152,6 +152,6 @@ def check(
             f"{op}: residual_gradient is {residual_gradient!r}, expected 0 with estimator_of='sum'"
         )
     for name, weight in (("commitment_weight", commitment_weight), ("codebook_weight", codebook_weight)):
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(f"{op}: {name} is {weight!r}, expected a finite number >= 0")
     return books, groups

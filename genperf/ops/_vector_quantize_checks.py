@@ -22,7 +22,7 @@ def check_options(
             f"vector_quantize: estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}"
         )
     for name, weight in (("commitment_weight", commitment_weight), ("codebook_weight", codebook_weight)):
-        if not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise ValueError(f"vector_quantize: {name} is {weight!r}, expected a finite number >= 0")
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(

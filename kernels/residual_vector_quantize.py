@@ -23,7 +23,7 @@ from .vq_nearest import vq_nearest
 
 FEW = 512  # vectors for which a program each is faster than to prepare the codebooks
 LONGEST = 1024  # dimensions that a program holds in registers
-ELEMENTS = tl.constexpr(4096)  # of a block of codewords, or of vectors
+ELEMENTS = tl.constexpr(2048)  # of a block of codewords, or of vectors
 
 
 @triton.jit

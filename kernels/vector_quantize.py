@@ -42,7 +42,7 @@ def _gather_kernel(
         difference = b_x.to(tl.float32) - b_c.to(tl.float32)
         square += tl.sum(difference * difference, axis=1)
         finite = tl.abs(b_x.to(tl.float32)) < float("inf")
-        b_q = tl.where(finite, b_c, float("nan"))
+        b_q = rounded(tl.where(finite, b_c.to(tl.float32), float("nan")), p_quantized.dtype.element_ty)
         tl.store(p_out[:, None] + i_d[None, :] * s_out, b_q, mask=m_row[:, None] & m_d)
     tl.store(p_squares + i_row, square, mask=m_row)
 

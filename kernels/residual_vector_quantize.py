@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._math import rounded
-from ._tile import LAUNCH, Example, offset_of, on_device_of
+from ._tile import LAUNCH, Example, collapsed, offset_of, on_device_of
 from ._vq_exact import L2, compare, measure
-from .vq_nearest import _collapsed as collapsed
 from .vq_nearest import vq_nearest
 
 FEW = 512  # vectors for which a program each is faster than to prepare the codebooks

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import LAUNCH, Example, offset_of, on_device_of
+from ._tile import LAUNCH, Example, collapsed, offset_of, on_device_of
 from ._vq_exact import COSINE, DOT, L2, measure, rank_kernel
 from ._vq_search import NUMBERS, scores, search_kernel, tiny_search_kernel
 from ._vq_words import FAR, FOLDED, LARGE, prepare
@@ -185,20 +185,6 @@ def _distances_kernel(
     tl.store(p_distances + i_row, tl.where(usable, value + 0.0, float("nan")).to(tl.float32))
 
 
-def _collapsed(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """For offset_of: sizes of the dimensions between the first and the last, less the outermost; strides."""
-    merged: list[tuple[int, int]] = []  # innermost first
-    for size, stride in reversed([*zip(x.shape[1:-1], x.stride()[1:-1], strict=True)]):
-        if size == 1:
-            continue
-        if merged and stride == merged[-1][0] * merged[-1][1]:
-            merged[-1] = (merged[-1][0] * size, merged[-1][1])
-        else:
-            merged.append((size, stride))
-    merged = merged or [(1, 1)]
-    return tuple(size for size, _ in merged[:-1]), (x.stride(0), *(stride for _, stride in merged))
-
-
 def _processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
 
@@ -222,7 +208,7 @@ def vq_nearest(
     block_d, block_k = (padded, 128) if padded <= 256 else (128, 128)
     block_n = 128 if n > 64 else max(16, triton.next_power_of_2(n))
     words = prepare(codebook, metric, padded, block_k, tiny)
-    sizes, strides = _collapsed(x)
+    sizes, strides = collapsed(x)
     half = x.new_empty(heads, n, padded, dtype=torch.float16)
     scale, slack, threshold = (x.new_empty(rows, dtype=torch.float32) for _ in range(3))
     kind = x.new_empty(rows, dtype=torch.int32)

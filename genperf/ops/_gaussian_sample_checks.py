@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from genperf._torch_normal import torch_normal
+from genperf.ops import _noise
 from genperf.ops._gaussian_sample_reference import TRANSFORMS
-from genperf.ops.philox_random import FLOATS, check_key, draw_key
+from genperf.ops.philox_random import FLOATS
 
 _DEFAULT_OFFSET = {"softplus": 0.0, "soft_clamp": 1e-2}
 _REDUCTIONS = ("none", "sample", "mean")
@@ -117,37 +118,7 @@ def check_noise(
     mean: Tensor, noise: Any, key: Any, rng: str, generator: Any
 ) -> tuple[Tensor | None, Tensor | None]:
     """The noise or the key to use, drawn where neither was given."""
-    if (noise is not None) + (key is not None) + (generator is not None) > 1:
-        raise ValueError(
-            "gaussian_sample: more than one of noise, key and generator is given, expected one at most"
-        )
-    if rng not in ("philox", "torch"):
-        raise ValueError(f"gaussian_sample: rng is {rng!r}, expected 'philox' or 'torch'")
-    if noise is not None:
-        if not isinstance(noise, Tensor) or noise.dtype != mean.dtype:
-            got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
-            raise TypeError(f"gaussian_sample: noise is {got}, expected a {mean.dtype} tensor, as mean")
-        if noise.shape != mean.shape or noise.device != mean.device:
-            raise ValueError(
-                f"gaussian_sample: noise has shape {tuple(noise.shape)} on {noise.device}, expected "
-                f"{tuple(mean.shape)} on {mean.device}"
-            )
-        if noise.requires_grad:
-            raise ValueError("gaussian_sample: noise requires a gradient, expected one that does not")
-        return noise, None
-    if key is not None:
-        check_key(key, mean.shape, "gaussian_sample")
-        if key.device != mean.device:
-            raise ValueError(f"gaussian_sample: key is on {key.device}, expected {mean.device}, as mean")
-        return None, key
-    if isinstance(generator, (list, tuple)) and len(generator) != (mean.shape[0] if mean.dim() else 0):
-        raise ValueError(
-            f"gaussian_sample: generator has {len(generator)} entries, expected one for each of the samples "
-            f"of mean, shape {tuple(mean.shape)}"
-        )
-    if rng == "torch":
-        return torch_noise(mean, generator), None
-    return None, draw_key(mean.device, generator)
+    return _noise.check_noise("gaussian_sample", "mean", mean, noise, key, rng, generator, torch_normal)
 
 
 def torch_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
@@ -155,13 +126,4 @@ def torch_noise(like: Tensor, generator: torch.Generator | Sequence[torch.Genera
 
     A list of generators draws one sample each; a CPU generator draws on the CPU for any device.
     """
-    if isinstance(generator, (list, tuple)):
-        rows = [torch_noise(row[None], g) for row, g in zip(like, generator, strict=True)]
-        return torch.cat(rows) if rows else torch.empty_like(like)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"gaussian_sample: generator is {type(generator).__name__}, expected a torch.Generator or a list "
-            "of them"
-        )
-    device = like.device if generator is None else generator.device
-    return torch_normal(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    return _noise.drawn("gaussian_sample", like, generator, torch_normal)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from genperf.ops._vector_quantize_reference import rotated_back
 from genperf.ops.vq_nearest import METRICS, vq_nearest
 
 
@@ -67,21 +68,6 @@ def reference(
     ]
     quantized, indices, squares = (torch.stack(parts) for parts in zip(*results, strict=True))
     return torch.empty_like(x).copy_(quantized), indices, squares
-
-
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    length = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(length == 0, 1.0, length), length
-
-
-def rotated_back(grad: Tensor, x: Tensor, q: Tensor) -> Tensor:
-    """The gradient by x of (|q| / |x|) R x, constants but for x, where the rotation R turns x to q."""
-    x_unit, x_length = _unit(x)
-    q_unit, q_length = _unit(q)
-    middle, _ = _unit(x_unit + q_unit)
-    turned = grad - 2 * middle * (middle * grad).sum(-1, keepdim=True)
-    turned = turned + 2 * x_unit * (q_unit * grad).sum(-1, keepdim=True)
-    return turned * (q_length / torch.where(x_length == 0, 1.0, x_length))
 
 
 def _group_backward(

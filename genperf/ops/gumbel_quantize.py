@@ -17,8 +17,9 @@ from torch import Tensor
 from genperf import _backend
 from genperf._op import Operator
 from genperf.ops._gumbel_quantize_reference import gathered, reference, reference_backward, wide
+from genperf.ops._noise import check_noise
 from genperf.ops.codebook_statistics import codebook_statistics
-from genperf.ops.philox_random import FLOATS, check_key, draw_key
+from genperf.ops.philox_random import FLOATS
 
 __all__ = ["GumbelQuantized", "gumbel_quantize"]
 
@@ -191,7 +192,7 @@ def gumbel_quantize(
         RuntimeError: if a backend was forced that cannot run.
     """
     _check(logits, codebook, temperature, hard, kl)
-    noise, key = _check_noise(logits, noise, key, rng, generator)
+    noise, key = check_noise("gumbel_quantize", "logits", logits, noise, key, rng, generator, _torch_gumbel)
     batch, n_codewords, *space = logits.shape
     positions = math.prod(space)
     flat = logits.reshape(batch, n_codewords, positions)
@@ -237,53 +238,9 @@ def _check(logits: Any, codebook: Any, temperature: Any, hard: Any, kl: Any) -> 
             raise TypeError(f"gumbel_quantize: {name} is {type(flag).__name__}, expected a bool")
 
 
-def _check_noise(
-    logits: Tensor, noise: Any, key: Any, rng: Any, generator: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """The noise or the key to use, drawn where neither was given."""
-    if (noise is not None) + (key is not None) + (generator is not None) > 1:
-        raise ValueError(
-            "gumbel_quantize: more than one of noise, key and generator is given, expected one at most"
-        )
-    if rng not in ("philox", "torch"):
-        raise ValueError(f"gumbel_quantize: rng is {rng!r}, expected 'philox' or 'torch'")
-    if noise is not None:
-        if not isinstance(noise, Tensor) or noise.dtype != logits.dtype:
-            got = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
-            raise TypeError(f"gumbel_quantize: noise is {got}, expected a {logits.dtype} tensor, as logits")
-        if noise.shape != logits.shape or noise.device != logits.device:
-            raise ValueError(
-                f"gumbel_quantize: noise has shape {tuple(noise.shape)} on {noise.device}, expected "
-                f"{tuple(logits.shape)} on {logits.device}"
-            )
-        if noise.requires_grad:
-            raise ValueError("gumbel_quantize: noise requires a gradient, expected one that does not")
-        return noise, None
-    if key is not None:
-        check_key(key, logits.shape, "gumbel_quantize")
-        if key.device != logits.device:
-            raise ValueError(f"gumbel_quantize: key is on {key.device}, expected {logits.device}, as logits")
-        return None, key
-    if isinstance(generator, (list, tuple)) and len(generator) != logits.shape[0]:
-        raise ValueError(
-            f"gumbel_quantize: generator has {len(generator)} entries, expected one for each of the samples "
-            f"of logits, shape {tuple(logits.shape)}"
-        )
-    if rng == "torch":
-        return _torch_noise(logits, generator), None
-    return None, draw_key(logits.device, generator)
-
-
-def _torch_noise(logits: Tensor, generator: Any) -> Tensor:
+def _torch_gumbel(
+    shape: torch.Size, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """What gumbel_softmax draws, by its operations."""
-    if isinstance(generator, (list, tuple)):
-        rows = [_torch_noise(row[None], g) for row, g in zip(logits, generator, strict=True)]
-        return torch.cat(rows) if rows else torch.empty_like(logits)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"gumbel_quantize: generator is {type(generator).__name__}, expected a torch.Generator or a list "
-            "of them"
-        )
-    device = logits.device if generator is None else generator.device
-    draw = torch.empty(logits.shape, dtype=logits.dtype, device=device)
-    return draw.exponential_(generator=generator).log_().neg_().to(logits.device)
+    draw = torch.empty(shape, dtype=dtype, device=device)
+    return draw.exponential_(generator=generator).log_().neg_()

@@ -16,7 +16,7 @@ from torch import Tensor
 from genperf import _backend
 from genperf._op import Operator
 from genperf.ops._soft_assignment_checks import METRICS, check, check_targets
-from genperf.ops._soft_assignment_reference import IGNORED, reference, reference_backward, wide_dtype
+from genperf.ops._soft_assignment_reference import reference, reference_backward, wide_dtype
 
 __all__ = ["SoftAssignment", "soft_assignment"]
 
@@ -191,6 +191,3 @@ def soft_assignment(
     out = _SoftAssignment.apply(vectors, words, targets, METRICS[metric], float(temperature), mean_prob)
     lse, entropy, mean, nll = out if heads else (y[0] if y.dim() > 1 else y for y in out)
     return SoftAssignment(lse, entropy, mean if mean_prob else None, nll if targets is not None else None)
-
-
-assert IGNORED == -1

@@ -7,6 +7,7 @@ docs/vector_quantization.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -258,7 +259,9 @@ def vq_nearest(
     return VqNearest(indices, distances if return_distance else None)
 
 
-def check_operands(op: str, x: Any, codebook: Any, metric: Any, dim: Any) -> None:
+def check_operands(
+    op: str, x: Any, codebook: Any, metric: Any, dim: Any, metrics: Iterable[str] = METRICS
+) -> None:
     """What vq_nearest, and ops that search as it does, refuse."""
     for name, tensor in (("x", x), ("codebook", codebook)):
         if not isinstance(tensor, Tensor):
@@ -269,8 +272,8 @@ def check_operands(op: str, x: Any, codebook: Any, metric: Any, dim: Any) -> Non
         raise TypeError(f"{op}: codebook is {codebook.dtype}, expected {x.dtype}, as x")
     if codebook.device != x.device:
         raise ValueError(f"{op}: codebook is on {codebook.device}, expected {x.device}, as x")
-    if not isinstance(metric, str) or metric not in METRICS:
-        raise ValueError(f"{op}: metric is {metric!r}, expected one of {', '.join(METRICS)}")
+    if not isinstance(metric, str) or metric not in metrics:
+        raise ValueError(f"{op}: metric is {metric!r}, expected one of {', '.join(metrics)}")
     if codebook.dim() not in (2, 3) or codebook.shape[-2] == 0 or codebook.shape[-1] == 0:
         raise ValueError(
             f"{op}: codebook has shape {tuple(codebook.shape)}, expected [K, D] or [heads, K, D], "

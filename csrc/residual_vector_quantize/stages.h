@@ -7,7 +7,7 @@
 #include "../common/scratch.h"
 #include "../common/subview.h"
 #include "../vq_nearest/plan.h"
-#include "../vq_nearest/rows.h"
+#include "../vq_nearest/rows_out.h"
 #include "residual_vector_quantize.h"
 
 namespace genperf {
@@ -38,50 +38,6 @@ __attribute__((noinline)) inline void read_rows(const Rows& from, int64_t first,
   for (int64_t i = 0; i < n; ++i)
     for (int64_t d = dim; d < pitch; ++d) to[i * pitch + d] = 0.0f;
 }
-
-// The rows of a tensor [*, D] of any strides and dtype, to write.
-class RowsOut {
- public:
-  explicit RowsOut(const View& v)
-      : data_(v.data), dtype_(v.dtype), dim_(v.shape[v.ndim - 1]), step_(v.stride[v.ndim - 1]), lead_(v) {
-    lead_.ndim = v.ndim - 1;
-    lead_ = collapse(lead_);
-  }
-
-  void write(int64_t first, int64_t n, const float* from, int64_t pitch) const {
-    const int64_t stride = lead_.stride[lead_.ndim - 1];
-    for (int64_t r = 0; r < n;) {
-      const Position at(lead_, first + r);
-      const int64_t count = std::min({at.run, n - r, int64_t{Rows::kMost}});
-      const float* rows = from + r * pitch;
-      if (step_ == 1 || count == 1) {
-        for (int64_t i = 0; i < count; ++i) put(rows + i * pitch, dim_, at.offset + i * stride, step_);
-      } else {
-        float column[Rows::kMost];
-        for (int64_t d = 0; d < dim_; ++d) {
-          for (int64_t i = 0; i < count; ++i) column[i] = rows[i * pitch + d];
-          put(column, count, at.offset + d * step_, stride);
-        }
-      }
-      r += count;
-    }
-  }
-
- private:
-  void put(const float* from, int64_t n, int64_t offset, int64_t stride) const {
-    if (dtype_ != DType::kFloat32) {
-      narrow(from, static_cast<int>(n), dtype_, static_cast<uint16_t*>(data_) + offset, stride);
-      return;
-    }
-    float* to = static_cast<float*>(data_) + offset;
-    for (int64_t i = 0; i < n; ++i) to[i * stride] = from[i];
-  }
-
-  void* data_;
-  DType dtype_;
-  int64_t dim_, step_;
-  View lead_;
-};
 
 // A row to the dtype and back.
 inline void round_row(float* row, int64_t n, DType dtype) {

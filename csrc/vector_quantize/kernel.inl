@@ -6,8 +6,8 @@
 
 #include "../codebook_statistics/codes.h"
 #include "../codebook_statistics/segments.h"
+#include "../vq_nearest/rows_out.h"
 #include "row.h"
-#include "rows_out.h"
 #include "vector_quantize.h"
 
 namespace genperf {

@@ -1,7 +1,7 @@
 // Rows of a tensor [*, D] of any strides and dtype that are written as plain float32.
 #pragma once
 
-#include "../vq_nearest/rows.h"
+#include "rows.h"
 
 namespace genperf {
 inline namespace GENPERF_ISA {
@@ -28,28 +28,33 @@ class RowsOut {
 
   // Writes back what `open` gave out as `buffer`.
   void close(int64_t first, int n, const float* rows, const float* buffer) const {
-    if (rows != buffer) return;
+    if (rows == buffer) write(first, n, rows, dim_);
+  }
+
+  // Rows [first, first + n) from `from`, `pitch` floats apart.
+  void write(int64_t first, int64_t n, const float* from, int64_t pitch) const {
     Position at(lead_, first);
     const int64_t stride = lead_.stride[lead_.ndim - 1];
-    for (int r = 0; r < n;) {
-      const int count = at.run < n - r ? static_cast<int>(at.run) : n - r;
-      const float* from = rows + r * dim_;
+    for (int64_t r = 0; r < n;) {
+      int64_t count = at.run < n - r ? at.run : n - r;
+      if (count > Rows::kMost) count = Rows::kMost;
+      const float* rows = from + r * pitch;
       if (step_ == 1 || count == 1) {
-        for (int i = 0; i < count; ++i) write(from + i * dim_, dim_, at.offset + i * stride, step_);
+        for (int64_t i = 0; i < count; ++i) put(rows + i * pitch, dim_, at.offset + i * stride, step_);
       } else {
         float column[Rows::kMost];
         for (int64_t d = 0; d < dim_; ++d) {
-          for (int i = 0; i < count; ++i) column[i] = from[i * dim_ + d];
-          write(column, count, at.offset + d * step_, stride);
+          for (int64_t i = 0; i < count; ++i) column[i] = rows[i * pitch + d];
+          put(column, count, at.offset + d * step_, stride);
         }
       }
       r += count;
-      at.next_run(lead_);
+      if (r < n) at = Position(lead_, first + r);
     }
   }
 
  private:
-  void write(const float* from, int64_t n, int64_t offset, int64_t stride) const {
+  void put(const float* from, int64_t n, int64_t offset, int64_t stride) const {
     if (dtype_ != DType::kFloat32) {
       narrow(from, static_cast<int>(n), dtype_, static_cast<uint16_t*>(data_) + offset, stride);
       return;

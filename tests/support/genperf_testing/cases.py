@@ -36,6 +36,7 @@ class Case:
             computed alone.
         nan_as_reference: whether a NaN reaches the places that it reaches in the reference; not so where
             an op leaves out products with zero, which then has tests of its own for this.
+        saves_outputs: whether backward keeps results of forward.
         backends: which the op has.
     """
 
@@ -49,6 +50,7 @@ class Case:
     elementwise: bool = True
     per_sample: bool = False
     nan_as_reference: bool = True
+    saves_outputs: bool = False
     backends: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
     def tensors(

@@ -363,13 +363,16 @@ def check_nan_locality(case: Case, device: str = "cpu") -> None:
 
 
 def check_saves_only_inputs(case: Case, shape: Shape, device: str = "cpu") -> None:
-    """Nothing of input size is kept for the backward pass but the inputs and constants themselves."""
+    """Nothing of input size is kept for the backward pass but the inputs and constants themselves, and
+    results where the case says so."""
     inputs, constants = case.tensors(shape, torch.float32, device)
     leaves = _leaves(inputs)
     known = {x.untyped_storage().data_ptr() for x in (*leaves, *constants)}
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         outputs = _outputs(case, *leaves, *constants)
+    if case.saves_outputs:
+        known |= {y.untyped_storage().data_ptr() for y in outputs}
     extra = [x for x in kept if x.untyped_storage().data_ptr() not in known and x.numel() > 2 * shape[0]]
     assert not extra, f"{case.name}: keeps {[tuple(x.shape) for x in extra]}"
     assert outputs

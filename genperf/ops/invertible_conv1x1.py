@@ -1,0 +1,320 @@
+"""Activation normalization and the invertible 1x1 convolution of a flow, in one pass.
+
+Definition: D. P. Kingma and P. Dhariwal, "Glow: generative flow with invertible 1x1 convolutions", NeurIPS
+    2018
+(arXiv:1807.03039), table 1 and equations 9 to 11.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genperf._op import Operator
+from genperf.ops._invertible_conv1x1_checks import Checked, check, check_slogdet
+from genperf.ops._invertible_conv1x1_reference import (
+    PLU,
+    assemble,
+    reference,
+    reference_backward,
+    reference_reverse,
+)
+from genperf.ops.slogdet_inverse import slogdet_inverse
+
+__all__ = [
+    "PLU",
+    "InvertibleConv1x1",
+    "InvertibleConv1x1Reverse",
+    "invertible_conv1x1",
+    "invertible_conv1x1_reverse",
+]
+
+
+class InvertibleConv1x1(NamedTuple):
+    """Results of :func:`invertible_conv1x1`."""
+
+    output: Tensor
+    logdet: Tensor
+
+
+class InvertibleConv1x1Reverse(NamedTuple):
+    """Results of :func:`invertible_conv1x1_reverse`; None for parameters that were not given."""
+
+    x: Tensor
+    grad_x: Tensor
+    grad_weight: Any
+    grad_logabsdet: Tensor
+    grad_shift: Tensor | None
+    grad_scale: Tensor | None
+
+
+def _outputs(x, matrix, logabsdet, shift, scale, lengths, log, inverse):
+    return torch.empty_like(x), matrix.new_empty(len(x))
+
+
+def _parameter_gradients(matrix, shift, scale, want_matrix=True, want_shift=True, want_scale=True):
+    """Room for those of matrix, logabsdet, shift and scale; None for what is not wanted or not there."""
+    return (
+        matrix.new_empty(matrix.shape) if want_matrix else None,
+        matrix.new_empty(()),
+        shift.new_empty(shift.shape) if want_shift and shift is not None else None,
+        scale.new_empty(scale.shape) if want_scale and scale is not None else None,
+    )
+
+
+def _gradients(
+    grad_y, grad_logdet, x, matrix, shift, scale, lengths, log, inverse,
+    want_x, want_matrix, want_shift, want_scale,
+):  # fmt: skip
+    return (
+        torch.empty_like(x) if want_x else None,
+        *_parameter_gradients(matrix, shift, scale, want_matrix, want_shift, want_scale),
+    )
+
+
+def _reversed(y, grad_y, grad_logdet, matrix, inverse_matrix, shift, scale, lengths, log, inverse):
+    return torch.empty_like(y), torch.empty_like(y), *_parameter_gradients(matrix, shift, scale)
+
+
+_PARAMETERS = "Tensor? shift, Tensor? scale, Tensor? lengths, bool log, bool inverse"
+_GRADIENTS = "Tensor grad_matrix, Tensor grad_logabsdet, Tensor grad_shift, Tensor grad_scale"
+_forward_op = Operator(
+    "invertible_conv1x1",
+    f"(Tensor x, Tensor matrix, Tensor logabsdet, {_PARAMETERS}) -> (Tensor y, Tensor logdet)",
+    reference,
+    _outputs,
+)
+_backward_op = Operator(
+    "invertible_conv1x1_backward",
+    f"(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor matrix, {_PARAMETERS},"
+    f" bool want_x, bool want_matrix, bool want_shift, bool want_scale) -> (Tensor grad_x, {_GRADIENTS})",
+    reference_backward,
+    _gradients,
+)
+_reverse_op = Operator(
+    "invertible_conv1x1_reverse",
+    f"(Tensor y, Tensor grad_y, Tensor? grad_logdet, Tensor matrix, Tensor inverse_matrix, {_PARAMETERS})"
+    f" -> (Tensor x, Tensor grad_x, {_GRADIENTS})",
+    reference_reverse,
+    _reversed,
+)
+
+
+class _InvertibleConv1x1(torch.autograd.Function):
+    """Saves the inputs alone."""
+
+    @staticmethod
+    def forward(ctx, x, matrix, logabsdet, shift, scale, lengths, log, inverse):
+        ctx.save_for_backward(x, matrix, shift, scale, lengths)
+        ctx.settings = log, inverse
+        ctx.set_materialize_grads(False)
+        return _forward_op(x, matrix, logabsdet, shift, scale, lengths, log, inverse)
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_logdet):
+        if grad_y is None and grad_logdet is None:
+            return (None,) * 8
+        want_x, want_matrix, want_logabsdet, want_shift, want_scale, *_ = ctx.needs_input_grad
+        # With create_graph=True the formulas themselves are differentiated.
+        run: Any = reference_backward if torch.is_grad_enabled() else _backward_op
+        of_x, of_matrix, of_logabsdet, of_shift, of_scale = run(
+            grad_y,
+            grad_logdet,
+            *ctx.saved_tensors,
+            *ctx.settings,
+            want_x,
+            want_matrix,
+            want_shift,
+            want_scale,
+        )
+        return (
+            of_x if want_x else None,
+            of_matrix if want_matrix else None,
+            of_logabsdet if want_logabsdet else None,
+            of_shift if want_shift else None,
+            of_scale if want_scale else None,
+            None,
+            None,
+            None,
+        )
+
+
+def invertible_conv1x1(
+    x: Tensor,
+    weight: Tensor | PLU,
+    *,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    log_scale: Tensor | None = None,
+    slogdet: Any = None,
+    inverse: bool = False,
+    lengths: Tensor | None = None,
+    channel_dim: int = 1,
+) -> InvertibleConv1x1:
+    """``y[o] = sum_c weight[o, c] * scale[c] * (x[c] + shift[c])`` at each position, or the inverse map.
+
+    Activation normalization (``scale``, ``shift``) and the invertible 1x1 convolution of Glow, in one pass
+    over ``x`` forward and one over ``x`` and the gradient of ``y`` backward, which saves nothing but the
+    inputs. The arithmetic is that of ``W diag(scale)`` applied to ``x + shift``: an offset cancels before the
+    product.
+
+    - ``logdet`` of a sample is ``N (sum_c log|scale_c| + log|det weight|)`` for its N positions; negative
+      with ``inverse``.
+    - ``inverse=True`` maps y to x. The inverse of ``weight`` is computed in float64 and rounded; with it
+      ``|x' - x| <= 4 eps cond(weight) |x|`` for what comes back (docs/flows.md).
+    - A dense ``weight`` goes through :func:`genperf.ops.slogdet_inverse`; give its results for this matrix as
+      ``slogdet`` where a model computes those of all layers in one call. A :class:`PLU` is multiplied out in
+      float64 and rounded; its log|det| is ``sum(log_s)``, and only ``inverse`` needs an elimination.
+    - All is differentiable, twice, in x and the parameters, ``inverse`` included.
+
+    Products and sums are in float32 for float32 and half-precision ``x`` (never TF32, and whatever autocast
+    says), with the parameters in float32; float64 for float64. The same bits for any number of threads; a
+    sample's output does not depend on its batch.
+
+    A singular ``weight`` raises nothing: forward is as defined, ``logdet`` is -inf, and the inverse and the
+    gradient by ``weight`` through ``logdet`` are NaN; ``slogdet_inverse(weight).status`` tells. A scale of 0
+    gives -inf, and infinities or NaN in the inverse. A NaN in ``x`` makes its own position NaN; one in
+    ``weight`` makes ``logdet`` and all that it is multiplied with NaN.
+
+    Args:
+        x: [B, C, *], sequences, images or volumes (or [B, C]); any strides. float32, float16, bfloat16 or
+            float64.
+        weight: [C, C] or [C, C, 1, ...], float32 (float64 for float64); or a :class:`PLU` of such.
+        shift: [C] or [1, C, 1, ...], dtype of ``weight``; None for 0.
+        scale: the same, of any sign; None for 1.
+        log_scale: its logarithm instead.
+        slogdet: ``logabsdet`` [] and ``inverse`` [C, C] of ``weight`` from
+            :func:`genperf.ops.slogdet_inverse`, differentiable; None computes them.
+        inverse: whether to apply the inverse map.
+        lengths: [B], int64, of sequences: positions from ``lengths[b]`` on are not read, are 0 in the output,
+            and do not count in ``logdet``. On a GPU, where they are not checked, one out of range gives a NaN
+            ``logdet``.
+        channel_dim: the dimension of ``x`` that holds C; -1 for channels last.
+
+    Returns:
+        :class:`InvertibleConv1x1`: ``output``, shape, dtype and layout of ``x``; ``logdet`` [B], dtype of
+        ``weight``.
+
+    Raises:
+        TypeError: for a non-tensor or a dtype that is not as above.
+        ValueError: for shapes, devices or (on the CPU) lengths that do not fit; the message says which.
+        RuntimeError: if a backend was forced that cannot run.
+    """
+    a = check("invertible_conv1x1", "x", x, weight, shift, scale, log_scale, lengths, channel_dim)
+    matrix, logabsdet = _mixing("invertible_conv1x1", a, slogdet, inverse)
+    args = (a.x, matrix, logabsdet, a.shift, a.scale, a.lengths, a.log, bool(inverse))
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        output, logdet = _InvertibleConv1x1.apply(*args)
+    else:
+        output, logdet = _forward_op(*args)
+    return InvertibleConv1x1(output if a.x is x else output.movedim(1, channel_dim), logdet)
+
+
+def _mixing(op: str, a: Checked, slogdet: Any, inverse: bool) -> tuple[Tensor, Tensor]:
+    """The matrix to multiply with, and log|det| of the weight."""
+    if slogdet is not None:
+        dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
+        check_slogdet(op, slogdet, a.x, dtype)
+    if isinstance(a.weight, PLU):
+        logabsdet = a.weight.log_s.sum()
+        if inverse and slogdet is not None:
+            return slogdet.inverse, logabsdet
+        matrix = assemble(a.weight)
+        return slogdet_inverse(matrix).inverse if inverse else matrix, logabsdet
+    slogdet = slogdet_inverse(a.weight) if slogdet is None else slogdet
+    return slogdet.inverse if inverse else a.weight, slogdet.logabsdet
+
+
+def invertible_conv1x1_reverse(
+    y: Tensor,
+    grad_y: Tensor,
+    weight: Tensor | PLU,
+    *,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    log_scale: Tensor | None = None,
+    slogdet: Any = None,
+    inverse: bool = False,
+    lengths: Tensor | None = None,
+    channel_dim: int = 1,
+    grad_logdet: Tensor | None = None,
+    through_slogdet: bool = True,
+) -> InvertibleConv1x1Reverse:
+    """The backward pass of :func:`invertible_conv1x1` from its output: x and all gradients in one pass.
+
+    ``y`` is what that function returned for the same parameters and ``inverse``, ``grad_y`` the gradient by
+    it. The input is computed again, and the gradient of ``weight`` is that of the input computed again: the
+    shorter way, by ``(sum grad_y y^T - ...) A^-T``, multiplies the error of that sum by the condition number
+    of A. Nothing is recorded for autograd.
+
+    With half-precision ``y`` the input comes back as exactly as ``y`` was rounded; keep the state of a
+    reversible flow in float32.
+
+    Args:
+        y: output of :func:`invertible_conv1x1`.
+        grad_y: shape of ``y``.
+        grad_logdet: [B], gradient by ``logdet``; None for none.
+        through_slogdet: whether ``grad_weight`` has the part that comes through log|det weight| (of a dense
+            weight); False where the caller differentiates :func:`genperf.ops.slogdet_inverse` by himself,
+            with ``grad_logabsdet``.
+        weight, shift, scale, log_scale, slogdet, inverse, lengths, channel_dim: as in the forward pass.
+
+    Returns:
+        :class:`InvertibleConv1x1Reverse`: ``x`` and ``grad_x``, shape, dtype and layout of ``y``;
+        ``grad_weight``, shape of ``weight``, or a :class:`PLU` of gradients with None for ``p`` and
+        ``sign_s``; ``grad_logabsdet`` [], by log|det weight|; ``grad_shift``, and ``grad_scale`` (by
+        ``log_scale`` where that was given), shapes of theirs.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`invertible_conv1x1`.
+    """
+    op = "invertible_conv1x1_reverse"
+    a = check(op, "y", y, weight, shift, scale, log_scale, lengths, channel_dim)
+    if not isinstance(grad_y, Tensor) or grad_y.dtype != y.dtype:
+        got = grad_y.dtype if isinstance(grad_y, Tensor) else type(grad_y).__name__
+        raise TypeError(f"{op}: grad_y is {got}, expected {y.dtype}, as y")
+    if grad_y.shape != y.shape or grad_y.device != y.device:
+        raise ValueError(
+            f"{op}: grad_y has shape {tuple(grad_y.shape)} on {grad_y.device}, expected {tuple(y.shape)} on "
+            f"{y.device}"
+        )
+    if grad_logdet is not None and (not isinstance(grad_logdet, Tensor) or grad_logdet.shape != y.shape[:1]):
+        shape = tuple(grad_logdet.shape) if isinstance(grad_logdet, Tensor) else type(grad_logdet).__name__
+        raise ValueError(f"{op}: grad_logdet is {shape}, expected shape ({len(y)},)")
+    with torch.no_grad():
+        if slogdet is not None:
+            check_slogdet(op, slogdet, a.x, (a.weight.p if isinstance(a.weight, PLU) else a.weight).dtype)
+        dense = assemble(a.weight) if isinstance(a.weight, PLU) else a.weight
+        undo = (slogdet_inverse(dense) if slogdet is None else slogdet).inverse
+        grad = grad_y if a.x is y else grad_y.movedim(channel_dim, 1)
+        pair = (undo, dense) if inverse else (dense, undo)
+        x, grad_x, of_matrix, of_logabsdet, of_shift, of_scale = _reverse_op(
+            a.x, grad, grad_logdet, *pair, a.shift, a.scale, a.lengths, a.log, bool(inverse)
+        )
+        if inverse:
+            of_matrix = -(undo.mT @ of_matrix @ undo.mT)
+        if isinstance(a.weight, PLU):
+            of_weight: Any = _through_plu(a.weight, of_matrix, of_logabsdet)
+        else:
+            of_weight = of_matrix + of_logabsdet * undo.mT if through_slogdet else of_matrix
+            of_weight = of_weight.view(weight.shape)  # type: ignore[union-attr]
+        factor = log_scale if a.log else scale
+        return InvertibleConv1x1Reverse(
+            x if a.x is y else x.movedim(1, channel_dim),
+            grad_x if a.x is y else grad_x.movedim(1, channel_dim),
+            of_weight,
+            of_logabsdet,
+            None if shift is None else of_shift.view(shift.shape),
+            None if factor is None else of_scale.view(factor.shape),
+        )
+
+
+def _through_plu(plu: PLU, grad: Tensor, grad_logabsdet: Tensor) -> PLU:
+    """Gradients of l, u and log_s from those of the assembled matrix and of sum(log_s)."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (plu.l, plu.u, plu.log_s)]
+        matrix = assemble(PLU(plu.p, leaves[0], leaves[1], plu.sign_s, leaves[2]))
+    of_l, of_u, of_log_s = torch.autograd.grad(matrix, leaves, grad)
+    return PLU(None, of_l, of_u, None, of_log_s + grad_logabsdet)  # type: ignore[arg-type]

@@ -93,6 +93,13 @@ def _a_far_codeword(rows: int, codewords: int, dim: int) -> Data:
     return x, codebook
 
 
+def _mostly_far(rows: int, codewords: int, dim: int) -> Data:
+    """As with unused codewords of a moving average, whose norms differ by orders of magnitude."""
+    x, codebook = _gaussian(rows, codewords, dim)
+    far = torch.rand(codewords, 1) < 0.9
+    return x, torch.where(far, codebook * 10 ** (5 * torch.rand(codewords, 1)), codebook)
+
+
 KINDS = {
     "gaussian": Kind(_gaussian, 0.3),
     "gaussian, 64 dimensions": Kind(_gaussian, 0.02, 512, 64),
@@ -104,7 +111,8 @@ KINDS = {
     "huge": Kind(_scaled(1e18), 0.1),
     "duplicates": Kind(_duplicates, 0.1),
     "an ulp apart": Kind(_an_ulp_apart, 0.01, 64),
-    "a far codeword": Kind(_a_far_codeword, 0.0117),
+    "a far codeword": Kind(_a_far_codeword, 0.0107),
+    "mostly far codewords": Kind(_mostly_far, 0.001, 1024, 64),
 }
 
 

@@ -20,6 +20,30 @@ inline int64_t rows_of_block(int64_t n, int64_t dim) {
   return kAtOnce * std::clamp<int64_t>((1 << 15) / dim / kAtOnce, 1, std::min<int64_t>(fair, 4));
 }
 
+// Makes codebooks ready for the residuals of some of the vectors x, where this pays.
+inline void recentre(const ResidualQuantizeArgs& a, const Sizes& s, const View* codebooks, const Rows& x,
+                     const Codebooks& searched) {
+  int64_t stages = a.n_stages;
+  while (stages > 0 && !(searched[stages - 1] && searched[stages - 1]->wants_vectors())) --stages;
+  if (stages == 0) return;
+  constexpr int64_t kMost = DirectSearch::kMost;
+  const int64_t n = std::min(kMost, s.n);
+  Scratch<float> sample(n * s.pitch);
+  for (int64_t j = 0; j < n; ++j) read_rows(x, j * s.n / n, 1, s.dim, sample.get() + j * s.pitch, s.pitch);
+  int64_t chosen[kMost];
+  Scratch<float> word(s.dim);
+  for (int64_t i = 0; i < stages; ++i) {
+    if (searched[i]->wants_vectors()) searched[i]->recentre(sample.get(), s.pitch, n);
+    DirectSearch(codebooks[i], s.dim, n).nearest(sample.get(), n, chosen);
+    for (int64_t j = 0; j < n; ++j) {
+      float* const row = sample.get() + j * s.pitch;
+      const float* c = Rows(codebooks[i]).row(chosen[j], word.get());
+      for (int64_t d = 0; d < s.dim; ++d) row[d] -= c[d];
+      round_row(row, s.dim, a.x.dtype);
+    }
+  }
+}
+
 class Block {
  public:
   Block(const ResidualQuantizeArgs& a, const Sizes& s, int64_t rows)
@@ -121,6 +145,8 @@ inline void quantize(const ResidualQuantizeArgs& a) {
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < (direct ? 0 : a.n_stages); ++i)
         searched[i] = std::make_unique<vq::SearchedCodebook>(codebooks[i], a.metric, s.n);
+#pragma omp single
+      recentre(a, s, codebooks, Rows(select_first(a.x, group)), searched);
       Block block(a, s, rows);
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < blocks; ++b) {

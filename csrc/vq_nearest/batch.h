@@ -98,8 +98,10 @@ class Batch {
 
   void add_group(Ranking& ranking, int32_t group) const {
     for (int j = 0; j < kWidth; j += kNative) {
-      const int64_t i = static_cast<int64_t>(group / kNative) * kWidth + group % kNative + j;
-      if (i < a_.codewords && book_.usable[i]) ranking.add(i);
+      const int64_t place = static_cast<int64_t>(group / kNative) * kWidth + group % kNative + j;
+      if (place >= a_.codewords) continue;
+      const int64_t i = book_.word_at(place);
+      if (book_.usable[i]) ranking.add(i);
     }
   }
 

@@ -2,7 +2,8 @@
 //
 // In the products a codeword is C = scale c - centre, with c / |c| in place of c for the cosine. Any centre
 // and any power of two would do; these come from a few codewords, as looking at all of them would cost much
-// where vectors are few, and are medians, as one codeword far from the others must not spoil them.
+// where vectors are few, and are medians, as one codeword far from the others must not spoil them. Where many
+// are far, the codewords have to be those that some vectors are near to (recentre).
 #pragma once
 
 #include <algorithm>
@@ -39,6 +40,7 @@ class Codebook {
   float scale = 1.0f;
   double longest = 0.0;          // norm of a codeword in the products
   bool by_word = false;          // norms are so far apart that each codeword gets an error bound of its own
+  Scratch<int32_t> order;        // where `by_word`, by norm: those of a panel are about equally long
   Scratch<float> half;           // half of the squared norms in the products
   Scratch<float> panel_longest;  // of each panel that was packed
 
@@ -51,6 +53,7 @@ class Codebook {
         usable(codewords),
         first(k),
         centre(dim, 0.0f),
+        order(codewords),
         half(codewords),
         panel_longest((codewords + kWidth - 1) / kWidth) {}
 
@@ -67,10 +70,7 @@ class Codebook {
   // others are left out.
   void prepare() {
     if (choose_frame()) {
-      if (!measure()) {
-        shrink();
-        measure();
-      }
+      measure_all();
     } else {
       n_usable = 0;
       for (int64_t i = 0; i < codewords; ++i) usable[i] = 0;
@@ -78,18 +78,35 @@ class Codebook {
     find_first();
   }
 
+  // Whether a frame by some of the vectors is worth its cost.
+  bool wants_vectors() const { return by_word && metric == Metric::kL2; }
+
+  // After prepare: a frame for vectors like x [n, pitch()], of which codewords words[n] are the nearest.
+  void recentre(const float* x, const int64_t* words, int n) {
+    centre.fill(0.0f);
+    scale = 1.0f;
+    Scratch<float> sample(kSamples * pitch(), 0.0f);
+    for (int j = 0; j < n; ++j) read_word(words[j], sample.get() + j * pitch());
+    set_frame(sample.get(), x, n);
+    measure_all();
+    find_first();
+  }
+
+  // The codeword at a place of the panels.
+  int64_t word_at(int64_t place) const { return by_word ? order[place] : place; }
+
   // Panels of codewords: kWidth first terms of the sums, kWidth upper bounds of the norms, and kWidth floats
   // for each dimension. The first term is -|C|^2 / 2 for the distance, raised by its share of the error bound
   // where `by_word`; 0 for products; and -inf for what is not to be found.
   int64_t panel_floats() const { return (dim + kHeader) * kWidth; }
 
-  // The panel from codeword `begin`, with `buffer` of kWidth * pitch() floats.
+  // The panel from place `begin`, with `buffer` of kWidth * pitch() floats.
   void pack(int64_t begin, float* to, float* buffer) {
     float most = 0.0f;
     const float bound = by_word ? static_cast<float>(half_error()) : 0.0f;
     for (int lane = 0; lane < kWidth; ++lane) {
-      const int64_t i = begin + lane;
-      const bool present = i < codewords && usable[i];
+      const int64_t i = begin + lane < codewords ? word_at(begin + lane) : -1;
+      const bool present = i >= 0 && usable[i];
       float* const word = buffer + lane * pitch();
       if (present)
         read_word(i, word);
@@ -112,10 +129,9 @@ class Codebook {
   double half_error() const { return product_error() + 1.01 * kRoundoff * (dim / kLanes + 8.0); }
 
   static constexpr int64_t kDepth = 256;  // products in one chain, and of a panel in the first-level cache
+  static constexpr int kSamples = 9;      // codewords that a frame comes from, at most
 
  private:
-  static constexpr int kSamples = 9;
-
   // What a codeword is multiplied by.
   double unit(const float* c) const {
     Vd sum = splat<Vd>(0.0);
@@ -153,8 +169,15 @@ class Codebook {
       }
     }
     if (n == 0) return false;
+    set_frame(sample.get(), sample.get(), n);
+    return true;
+  }
+
+  // The centre is the median of n codewords `sample`, and the scale what brings the typical distance from it
+  // of the rows `about` to between 1/2 and 1.
+  void set_frame(const float* sample, const float* about, int n) {
     Scratch<float> sorted(kSamples * pitch());
-    std::memcpy(sorted.get(), sample.get(), n * pitch() * sizeof(float));
+    std::memcpy(sorted.get(), sample, n * pitch() * sizeof(float));
     for (int pass = 0; pass < n; ++pass)
       for (int j = pass & 1; j + 1 < n; j += 2) {
         float *a = sorted.get() + j * pitch(), *b = a + pitch();
@@ -167,7 +190,7 @@ class Codebook {
     double size[kSamples] = {}, largest = 0.0;
     for (int j = 0; j < n; ++j)
       for (int64_t d = 0; d < dim; ++d) {
-        size[j] = std::max(size[j], std::fabs(static_cast<double>(sample[j * pitch() + d]) - middle[d]));
+        size[j] = std::max(size[j], std::fabs(static_cast<double>(about[j * pitch() + d]) - middle[d]));
         largest = std::max(largest, std::fabs(static_cast<double>(middle[d])));
       }
     if (metric != Metric::kCosine) {
@@ -180,7 +203,6 @@ class Codebook {
       scale = std::min(power_of_two(-exponent_of(typical)), power_of_two(60 - exponent_of(largest)));
     }
     for (int64_t d = 0; d < dim; ++d) centre[d] = middle[d] * scale;
-    return true;
   }
 
   static int exponent_of(double x) {
@@ -200,6 +222,12 @@ class Codebook {
         largest = std::max(largest, std::fabs(static_cast<double>(c[d]) - (middle ? middle[d] : 0.0)));
     }
     return largest;
+  }
+
+  void measure_all() {
+    if (measure()) return;
+    shrink();
+    measure();
   }
 
   // Norms, and which codewords are usable; false where one is too long.
@@ -234,7 +262,18 @@ class Codebook {
     }
     longest = std::sqrt(2.0) * most * length_slack();
     by_word = most * static_cast<double>(n_usable) > 4.0 * sum;
+    if (by_word) sort();
     return true;
+  }
+
+  // By exponent and three bits more.
+  void sort() {
+    constexpr int kKeys = 1 << 11;
+    const auto key = [&](int64_t i) { return float_bits(half[i]) >> 20 & (kKeys - 1); };
+    Scratch<int32_t> place(kKeys + 1, 0);
+    for (int64_t i = 0; i < codewords; ++i) ++place[key(i) + 1];
+    for (int j = 0; j < kKeys; ++j) place[j + 1] += place[j];
+    for (int64_t i = 0; i < codewords; ++i) order[place[key(i)]++] = static_cast<int32_t>(i);
   }
 
   // A scale with which no codeword is too long.

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "batch.h"
-#include "few.h"
+#include "recentre.h"
 
 namespace genperf {
 namespace GENPERF_ISA {
@@ -26,6 +26,8 @@ void vq_search(const VqSearch& a) {
     return;
   }
   book.prepare();
+  // Each of these vectors costs about as much as another in the search.
+  if (book.wants_vectors()) recentre(a, x, a.n, std::min<int64_t>(Codebook::kSamples, 1 + a.n / 16), book);
   const int64_t panels = (a.codewords + kWidth - 1) / kWidth, panel_floats = book.panel_floats();
   const int64_t rows = Batch(a, book).rows(), blocks = (a.n + rows - 1) / rows;
   int64_t chunk = std::clamp<int64_t>(kChunkFloats / panel_floats, 1, panels);

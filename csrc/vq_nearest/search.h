@@ -11,7 +11,7 @@
 #include <memory>
 
 #include "batch.h"
-#include "few.h"
+#include "recentre.h"
 
 namespace genperf {
 namespace GENPERF_ISA {
@@ -31,11 +31,19 @@ class SearchedCodebook {
       return;
     }
     book_.prepare();
-    Scratch<float> words(kWidth * book_.pitch(), 0.0f);
-    for (int64_t i = 0; i < args_.codewords; i += kWidth)
-      book_.pack(i, panels_.get() + i / kWidth * book_.panel_floats(), words.get());
+    pack();
   }
   SearchedCodebook(const SearchedCodebook&) = delete;
+
+  // Whether the search is much faster after recentre().
+  bool wants_vectors() const { return packs_ && book_.wants_vectors(); }
+
+  // `rows`: some of those that will be sought. Not while others search.
+  void recentre(const float* rows, int64_t pitch, int64_t n) {
+    const Rows x(rows_view(rows, n, args_.dim, pitch));
+    vq::recentre(args_, x, n, std::min<int64_t>(Codebook::kSamples, n), book_);
+    pack();
+  }
 
   int64_t codewords() const { return args_.codewords; }
   int64_t dim() const { return args_.dim; }
@@ -49,6 +57,12 @@ class SearchedCodebook {
     a.codebook = codebook, a.metric = metric;
     a.codewords = codebook.shape[0], a.dim = codebook.shape[1], a.k = 1;
     return a;
+  }
+
+  void pack() {
+    Scratch<float> words(kWidth * book_.pitch(), 0.0f);
+    for (int64_t i = 0; i < args_.codewords; i += kWidth)
+      book_.pack(i, panels_.get() + i / kWidth * book_.panel_floats(), words.get());
   }
 
   VqSearch args_;
@@ -78,13 +92,10 @@ class RowSearch {
   void nearest(const float* rows, int64_t pitch, int n, int64_t* indices, float* distances = nullptr) {
     const int step = batch_ ? batch_->rows() : Few::kMost;
     for (int first = 0; first < n; first += step) {
-      View view;
-      view.data = const_cast<float*>(rows + first * pitch), view.ndim = 2;
-      view.shape[0] = std::min(step, n - first), view.shape[1] = args_.dim;
-      view.stride[0] = pitch, view.stride[1] = 1;
-      args_.x = view, args_.n = view.shape[0];
+      args_.n = std::min(step, n - first),
+      args_.x = rows_view(rows + first * pitch, args_.n, args_.dim, pitch);
       args_.indices = indices + first, args_.distances = distances ? distances + first : nullptr;
-      const Rows x(view);
+      const Rows x(args_.x);
       if (few_) {
         few_->search(x, ranking_);
         continue;

@@ -194,6 +194,22 @@ def test_indices_are_exact_with_an_offset(n):
         residual = residual - codebook[out.indices[:, i]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_indices_are_exact_among_far_codewords(dtype):
+    """Codebooks are then centred on the residuals of some vectors, not finite ones among them."""
+    x, codebooks = normals((300, 8), "x").to(dtype), normals((3, 96, 8), "c")
+    x[::50, 3] = math.nan
+    codebooks = (codebooks * 10.0 ** torch.linspace(0, 6, 96)[:, None]).to(dtype)
+    codebooks[1, 5:] = normals((91, 8), "second").to(dtype)  # a stage without far ones in between
+    out = residual_vector_quantize(x, codebooks)
+    residual = x
+    for i, codebook in enumerate(codebooks):
+        distances = (residual.double()[:, None] - codebook.double()).square().sum(-1)
+        expected = torch.where(residual.isfinite().all(-1), distances.argmin(-1), 0)
+        assert torch.equal(out.indices[:, i], expected)
+        residual = (residual.float() - codebook[expected].float()).to(dtype)
+
+
 def test_a_frame_at_a_time_gives_the_same():
     """Streaming: nothing depends on the vectors around."""
     x, codebooks = normals((200, 37), "x"), normals((8, 100, 37), "c") / 2

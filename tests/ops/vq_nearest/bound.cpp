@@ -1,5 +1,6 @@
 // Compares the scores of the vq_nearest kernel with sums in extended precision, and fails where one is off by
-// more than the bound that the kernel takes. Prints the largest error in units of the bound.
+// more than the bound that the kernel takes. Prints the largest error in units of the bound, and how many
+// candidates a vector has.
 #define GENPERF_ISA avx2
 // clang-format off: cpu.cpp opens the namespace avx2 again, which has to be inline by then
 #include "vq_nearest/kernel.inl"
@@ -34,6 +35,7 @@ struct BatchProbe {
         panel(book.panel_floats()),
         words(kWidth * book.pitch(), 0.0f),
         maxima(Batch::maxima_floats()) {
+    if (book.wants_vectors()) recentre(a, Rows(a.x), a.n, 5, book);
     batch.open(Rows(a.x), 0);
   }
 
@@ -47,7 +49,10 @@ struct BatchProbe {
 
   // To score[r]. In the panel every other codeword of the group is taken out.
   void scores(int64_t codeword, float* score) {
-    const int64_t begin = codeword / kWidth * kWidth, lane = codeword - begin;
+    int64_t place = codeword;
+    if (book.by_word)
+      place = std::find(&book.order[0], &book.order[book.codewords], codeword) - &book.order[0];
+    const int64_t begin = place / kWidth * kWidth, lane = place - begin;
     book.pack(begin, panel.get(), words.get());
     for (int i = 0; i < kWidth; ++i)
       if (i != lane) panel[i] = -kInfinity;
@@ -59,6 +64,23 @@ struct BatchProbe {
       score[r] = by_tile ? batch.hits_[r * batch.most_hits_].score
                          : maxima[r * Batch::kMaximaPitch + lane % kNative];
     }
+  }
+
+  // Of all vectors; the whole codebook where it is ranked.
+  int64_t candidates(const VqSearch& a) {
+    const int64_t panels = (book.codewords + kWidth - 1) / kWidth;
+    Scratch<float> packed(panels * book.panel_floats());
+    for (int64_t i = 0; i < panels; ++i)
+      book.pack(i * kWidth, packed.get() + i * book.panel_floats(), words.get());
+    batch.open(Rows(a.x), 0);
+    batch.scan(packed.get(), 0, panels * kWidth, maxima.get());
+    int64_t total = 0;
+    for (int r = 0; r < batch.n_; ++r) {
+      if (!searched(r)) total += book.codewords;
+      for (int i = 0; searched(r) && i < batch.count_[r]; ++i)
+        total += batch.hits_[r * batch.most_hits_ + i].score >= batch.threshold_[r] ? kWidth / kNative : 0;
+    }
+    return total;
   }
 
  private:
@@ -129,9 +151,11 @@ long double exact_value(Metric metric, const float* x, const float* c, int64_t d
 }
 
 // Kinds of data; in the last all products are of one size.
-constexpr const char* kKinds[] = {"normal", "offset", "small codebook", "far codeword", "all alike"};
+constexpr const char* kKinds[] = {"normal",    "offset",       "small codebook", "far codeword",
+                                  "all alike", "five decades", "mostly far"};
 
-float value(int kind, bool word, int64_t d, std::mt19937& random) {
+// Element d of row i.
+float value(int kind, bool word, int64_t i, int64_t d, std::mt19937& random) {
   std::normal_distribution<float> normal;
   const float v = normal(random);
   switch (kind) {
@@ -143,6 +167,10 @@ float value(int kind, bool word, int64_t d, std::mt19937& random) {
       return word && random() % 50 == 0 ? 1e4f * v : v;
     case 4:
       return (word && random() % 2 ? -1.0f : 1.0f) * (1.0f + static_cast<float>(d % 7 + 1) * 0x1p-23f);
+    case 5:
+      return word ? v * std::pow(10.0f, static_cast<float>(i * 29 % 64) / 12.8f) : v;
+    case 6:
+      return word && i % 4 != 1 ? v * std::pow(10.0f, 4.0f + static_cast<float>(i * 29 % 64) / 21.3f) : v;
   }
   return v;
 }
@@ -156,20 +184,21 @@ int main() {
   using namespace genperf;
   using namespace genperf::avx2::vq;
   int failures = 0;
-  for (int kind = 0; kind < 5; ++kind)
+  for (int kind = 0; kind < 7; ++kind)
     for (const Metric metric : {Metric::kL2, Metric::kCosine, Metric::kDot}) {
       double worst = 0.0, worst_of_few = 0.0;
-      long pairs = 0;
+      long pairs = 0, vectors = 0, candidates = 0;
       for (const int64_t dim : {1, 2, 3, 8, 31, 64, 255, 256, 257, 600, 1024, 4096}) {
         constexpr int64_t kVectors = 24, kCodewords = 64;
         std::mt19937 random(static_cast<unsigned>(dim * 10 + kind));
         Scratch<float> x(kVectors * dim), c(kCodewords * dim);
-        for (int64_t i = 0; i < kVectors * dim; ++i) x[i] = value(kind, false, i % dim, random);
-        for (int64_t i = 0; i < kCodewords * dim; ++i) c[i] = value(kind, true, i % dim, random);
+        for (int64_t i = 0; i < kVectors * dim; ++i) x[i] = value(kind, false, i / dim, i % dim, random);
+        for (int64_t i = 0; i < kCodewords * dim; ++i) c[i] = value(kind, true, i / dim, i % dim, random);
         VqSearch a{};
         a.x = view(x.get(), kVectors, dim), a.codebook = view(c.get(), kCodewords, dim);
         a.n = kVectors, a.codewords = kCodewords, a.dim = dim, a.k = 1, a.metric = metric;
         BatchProbe probe(a);
+        vectors += kVectors, candidates += probe.candidates(a);
         a.n = Few::kMost;
         FewProbe few(a);
         for (int64_t k = 0; k < kCodewords; ++k) {
@@ -193,8 +222,9 @@ int main() {
           }
         }
       }
-      std::printf("%s, metric %d: %ld pairs, largest error %.3g of the bound, of few %.3g\n", kKinds[kind],
-                  static_cast<int>(metric), pairs, worst, worst_of_few);
+      std::printf("%s, metric %d: %ld pairs, largest error %.3g of the bound, of few %.3g, %.3g candidates\n",
+                  kKinds[kind], static_cast<int>(metric), pairs, worst, worst_of_few,
+                  static_cast<double>(candidates) / vectors);
       failures += !(worst <= 1.0) || !(worst_of_few <= 1.0) || pairs == 0;
     }
   return failures;

@@ -37,10 +37,11 @@ def test_bound(tmp_path):
     assert built.returncode == 0, built.stderr
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    found = re.findall(r"largest error (\S+) of the bound, of few (\S+)", result.stdout)
-    assert len(found) == 15
-    for errors in zip(*found, strict=True):
-        assert max(float(e) for e in errors) > 0.05, f"a bound this wide is another's: {result.stdout}"
+    found = re.findall(r"(\S+) of the bound, of few (\S+), (\S+) candidates", result.stdout)
+    assert len(found) == 21
+    *errors, candidates = ([float(number) for number in numbers] for numbers in zip(*found, strict=True))
+    assert min(map(max, errors)) > 0.05, f"a bound this wide is another's: {result.stdout}"
+    assert max(candidates[::3]) < 3, f"candidates by distance are measured two by two: {result.stdout}"
 
 
 @pytest.mark.parametrize("name", TOOL.KINDS)

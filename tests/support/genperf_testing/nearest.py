@@ -127,6 +127,7 @@ def _data(n, n_words, dim):
         "huge x": (x * 1e30, c),
         "huge codebook": (x, c * 1e30),
         "norms apart": (x * spread[i], spread_words),
+        "mostly far codewords": (x, torch.where(torch.arange(n_words)[:, None] % 4 == 1, c, spread_words)),
         "one far codeword": (x, torch.cat([c, 1e8 * c[:1]])),
         "duplicates": (x, c[(torch.arange(3 * n_words) * 11 + 5) % n_words]),
         "one codeword": (x, c[:1]),

@@ -7,6 +7,7 @@
 // a buffer with the zeros around it, so that a pair (channel, tap) is an offset and no index is ever tested.
 #include "../common/lanes.h"
 #include "../common/scratch.h"
+#include "../common/transpose.h"
 #include "plan.h"
 
 namespace genperf {
@@ -78,24 +79,6 @@ GENPERF_HD void multiply_tile(const float* const* scalars, const int64_t* offset
       float* to = sums + r * kWidth + v * kLanes;
       store(to, add ? load(to) + acc[r][v] : acc[r][v]);
     }
-}
-
-// Four vectors, element j of vector i in each 128 bits, to element i of vector j.
-GENPERF_HD void transpose_4(Nf* x) {
-  const Nf a = unpack_low(x[0], x[1]), b = unpack_low(x[2], x[3]);
-  const Nf c = unpack_high(x[0], x[1]), d = unpack_high(x[2], x[3]);
-  x[0] = unpack_low_pairs(a, b), x[1] = unpack_high_pairs(a, b);
-  x[2] = unpack_low_pairs(c, d), x[3] = unpack_high_pairs(c, d);
-}
-
-constexpr int kNative = kNativeBytes / 4;
-
-// Part `quad` of a vector: four floats.
-GENPERF_HD void store_quad(float* to, Nf x, int quad) {
-  std::memcpy(to, reinterpret_cast<const char*>(&x) + 16 * quad, 16);
-}
-GENPERF_HD void load_quad(Nf& x, const float* from, int quad) {
-  std::memcpy(reinterpret_cast<char*>(&x) + 16 * quad, from, 16);
 }
 
 // to[lane][i] = from[i][lane] + bias[lane], for i < n and lane < lanes.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from genperf import _backend
 from genperf._op import Operator
 from genperf.ops._invertible_conv1x1_checks import Checked, check, check_slogdet
 from genperf.ops._invertible_conv1x1_reference import (
@@ -22,6 +23,8 @@ from genperf.ops._invertible_conv1x1_reference import (
     reference_reverse,
 )
 from genperf.ops.slogdet_inverse import slogdet_inverse
+
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 __all__ = [
     "PLU",
@@ -78,6 +81,47 @@ def _reversed(y, grad_y, grad_logdet, matrix, inverse_matrix, shift, scale, leng
     return torch.empty_like(y), torch.empty_like(y), *_parameter_gradients(matrix, shift, scale)
 
 
+def _contiguous(*tensors):
+    return tuple(t if t is None else t.contiguous() for t in tensors)
+
+
+def _cpu(x, matrix, logabsdet, shift, scale, lengths, log, inverse):
+    out = _outputs(x, matrix, logabsdet, shift, scale, lengths, log, inverse)
+    parameters = _contiguous(matrix, logabsdet, shift, scale, lengths)
+    _backend.native.cpu.invertible_conv1x1_forward(x, *parameters, log, inverse, *out)  # type: ignore[union-attr]
+    return out
+
+
+def _cpu_backward(grad_y, grad_logdet, x, matrix, shift, scale, lengths, log, inverse, *wanted):
+    out = _gradients(grad_y, grad_logdet, x, matrix, shift, scale, lengths, log, inverse, *wanted)
+    if grad_y is None and out[0] is not None:
+        out[0].zero_()
+    grad_logdet, matrix, shift, scale, lengths = _contiguous(grad_logdet, matrix, shift, scale, lengths)
+    _backend.native.cpu.invertible_conv1x1_backward(  # type: ignore[union-attr]
+        grad_y, grad_logdet, x, matrix, None, shift, scale, lengths, log, inverse, None, *out
+    )
+    return out
+
+
+def _cpu_reverse(y, grad_y, grad_logdet, matrix, inverse_matrix, shift, scale, lengths, log, inverse):
+    out = _reversed(y, grad_y, grad_logdet, matrix, inverse_matrix, shift, scale, lengths, log, inverse)
+    grad_logdet, *parameters = _contiguous(grad_logdet, matrix, inverse_matrix, shift, scale, lengths)
+    _backend.native.cpu.invertible_conv1x1_backward(  # type: ignore[union-attr]
+        grad_y, grad_logdet, y, *parameters, log, inverse, *out
+    )
+    return out
+
+
+def _refuses(x: Tensor, *_: Any) -> str | None:
+    if x.dtype not in _NATIVE_DTYPES:
+        return f"{x.dtype} is left to the reference"
+    return f"{x.dim()} dimensions, at most 8" if x.dim() > 8 else None
+
+
+def _refuses_backward(grad_y: Any, grad_logdet: Any, x: Tensor, *_: Any) -> str | None:
+    return _refuses(x)
+
+
 _PARAMETERS = "Tensor? shift, Tensor? scale, Tensor? lengths, bool log, bool inverse"
 _GRADIENTS = "Tensor grad_matrix, Tensor grad_logabsdet, Tensor grad_shift, Tensor grad_scale"
 _forward_op = Operator(
@@ -86,6 +130,7 @@ _forward_op = Operator(
     reference,
     _outputs,
 )
+_forward_op.implement("cpu", _cpu, _refuses)
 _backward_op = Operator(
     "invertible_conv1x1_backward",
     f"(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor matrix, {_PARAMETERS},"
@@ -93,6 +138,7 @@ _backward_op = Operator(
     reference_backward,
     _gradients,
 )
+_backward_op.implement("cpu", _cpu_backward, _refuses_backward)
 _reverse_op = Operator(
     "invertible_conv1x1_reverse",
     f"(Tensor y, Tensor grad_y, Tensor? grad_logdet, Tensor matrix, Tensor inverse_matrix, {_PARAMETERS})"
@@ -100,6 +146,7 @@ _reverse_op = Operator(
     reference_reverse,
     _reversed,
 )
+_reverse_op.implement("cpu", _cpu_reverse, _refuses)
 
 
 class _InvertibleConv1x1(torch.autograd.Function):

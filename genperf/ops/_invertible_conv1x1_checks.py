@@ -126,7 +126,8 @@ def _check_lengths(op: str, name: str, lengths: Any, x: Tensor) -> None:
             raise ValueError(f"{op}: lengths has values from {low} to {high}, expected 0 to {x.shape[2]}")
 
 
-def check_slogdet(op: str, slogdet: Any, x: Tensor, dtype: torch.dtype) -> None:
+def check_slogdet(op: str, slogdet: Any, x: Tensor) -> None:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     for name, shape in (("logabsdet", ()), ("inverse", (x.shape[1],) * 2)):
         tensor = getattr(slogdet, name, None)
         _check_tensor(op, f"slogdet.{name}", tensor, x, dtype)

@@ -29,11 +29,35 @@ class PLU(NamedTuple):
 
 def assemble(plu: PLU) -> Tensor:
     """The matrix, computed in float64 and rounded."""
-    size = len(plu.log_s)
-    lower = plu.l.double().tril(-1) + torch.eye(size, dtype=torch.float64, device=plu.l.device)
+    return _Assemble.apply(*plu)
+
+
+def _factors(plu: PLU) -> PLU:
+    """In float64, with what is not read in them filled in; ``log_s`` is the diagonal itself."""
     diagonal = plu.sign_s.double() * plu.log_s.double().exp()
+    lower = plu.l.double().tril(-1) + torch.eye(len(diagonal), dtype=torch.float64, device=plu.l.device)
     upper = plu.u.double().triu(1) + diagonal.diag_embed()
-    return (plu.p.double() @ lower @ upper).to(plu.l.dtype)
+    return PLU(plu.p.double(), lower, upper, plu.sign_s, diagonal)
+
+
+class _Assemble(torch.autograd.Function):
+    """Saves the factors as they are given."""
+
+    @staticmethod
+    def forward(ctx, *plu):
+        ctx.save_for_backward(*plu)
+        f = _factors(PLU(*plu))
+        return (f.p @ f.l @ f.u).to(f.sign_s.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        f = _factors(PLU(*ctx.saved_tensors))
+        inner = f.p.mT @ grad.double()
+        of_upper = f.l.mT @ inner
+        of_log_s = of_upper.diagonal() * f.log_s
+        grads = (inner @ f.u.mT).tril(-1), of_upper.triu(1), of_log_s
+        of_lower, of_upper, of_log_s = (g.to(grad.dtype) for g in grads)
+        return None, of_lower, of_upper, None, of_log_s
 
 
 def _exact_products(x: Tensor) -> Any:

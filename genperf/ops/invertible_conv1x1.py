@@ -12,19 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from genperf import _backend
-from genperf._op import Operator
 from genperf.ops._invertible_conv1x1_checks import Checked, check, check_slogdet
-from genperf.ops._invertible_conv1x1_reference import (
-    PLU,
-    assemble,
-    reference,
-    reference_backward,
-    reference_reverse,
-)
+from genperf.ops._invertible_conv1x1_ops import backward_op, forward_op, reverse_op
+from genperf.ops._invertible_conv1x1_reference import PLU, assemble, reference_backward
+from genperf.ops.slogdet_inverse import _op as _slogdet_op
 from genperf.ops.slogdet_inverse import slogdet_inverse
-
-_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 __all__ = [
     "PLU",
@@ -53,102 +45,6 @@ class InvertibleConv1x1Reverse(NamedTuple):
     grad_scale: Tensor | None
 
 
-def _outputs(x, matrix, logabsdet, shift, scale, lengths, log, inverse):
-    return torch.empty_like(x), matrix.new_empty(len(x))
-
-
-def _parameter_gradients(matrix, shift, scale, want_matrix=True, want_shift=True, want_scale=True):
-    """Room for those of matrix, logabsdet, shift and scale; None for what is not wanted or not there."""
-    return (
-        matrix.new_empty(matrix.shape) if want_matrix else None,
-        matrix.new_empty(()),
-        shift.new_empty(shift.shape) if want_shift and shift is not None else None,
-        scale.new_empty(scale.shape) if want_scale and scale is not None else None,
-    )
-
-
-def _gradients(
-    grad_y, grad_logdet, x, matrix, shift, scale, lengths, log, inverse,
-    want_x, want_matrix, want_shift, want_scale,
-):  # fmt: skip
-    return (
-        torch.empty_like(x) if want_x else None,
-        *_parameter_gradients(matrix, shift, scale, want_matrix, want_shift, want_scale),
-    )
-
-
-def _reversed(y, grad_y, grad_logdet, matrix, inverse_matrix, shift, scale, lengths, log, inverse):
-    return torch.empty_like(y), torch.empty_like(y), *_parameter_gradients(matrix, shift, scale)
-
-
-def _contiguous(*tensors):
-    return tuple(t if t is None else t.contiguous() for t in tensors)
-
-
-def _cpu(x, matrix, logabsdet, shift, scale, lengths, log, inverse):
-    out = _outputs(x, matrix, logabsdet, shift, scale, lengths, log, inverse)
-    parameters = _contiguous(matrix, logabsdet, shift, scale, lengths)
-    _backend.native.cpu.invertible_conv1x1_forward(x, *parameters, log, inverse, *out)  # type: ignore[union-attr]
-    return out
-
-
-def _cpu_backward(grad_y, grad_logdet, x, matrix, shift, scale, lengths, log, inverse, *wanted):
-    out = _gradients(grad_y, grad_logdet, x, matrix, shift, scale, lengths, log, inverse, *wanted)
-    if grad_y is None and out[0] is not None:
-        out[0].zero_()
-    grad_logdet, matrix, shift, scale, lengths = _contiguous(grad_logdet, matrix, shift, scale, lengths)
-    _backend.native.cpu.invertible_conv1x1_backward(  # type: ignore[union-attr]
-        grad_y, grad_logdet, x, matrix, None, shift, scale, lengths, log, inverse, None, *out
-    )
-    return out
-
-
-def _cpu_reverse(y, grad_y, grad_logdet, matrix, inverse_matrix, shift, scale, lengths, log, inverse):
-    out = _reversed(y, grad_y, grad_logdet, matrix, inverse_matrix, shift, scale, lengths, log, inverse)
-    grad_logdet, *parameters = _contiguous(grad_logdet, matrix, inverse_matrix, shift, scale, lengths)
-    _backend.native.cpu.invertible_conv1x1_backward(  # type: ignore[union-attr]
-        grad_y, grad_logdet, y, *parameters, log, inverse, *out
-    )
-    return out
-
-
-def _refuses(x: Tensor, *_: Any) -> str | None:
-    if x.dtype not in _NATIVE_DTYPES:
-        return f"{x.dtype} is left to the reference"
-    return f"{x.dim()} dimensions, at most 8" if x.dim() > 8 else None
-
-
-def _refuses_backward(grad_y: Any, grad_logdet: Any, x: Tensor, *_: Any) -> str | None:
-    return _refuses(x)
-
-
-_PARAMETERS = "Tensor? shift, Tensor? scale, Tensor? lengths, bool log, bool inverse"
-_GRADIENTS = "Tensor grad_matrix, Tensor grad_logabsdet, Tensor grad_shift, Tensor grad_scale"
-_forward_op = Operator(
-    "invertible_conv1x1",
-    f"(Tensor x, Tensor matrix, Tensor logabsdet, {_PARAMETERS}) -> (Tensor y, Tensor logdet)",
-    reference,
-    _outputs,
-)
-_forward_op.implement("cpu", _cpu, _refuses)
-_backward_op = Operator(
-    "invertible_conv1x1_backward",
-    f"(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor matrix, {_PARAMETERS},"
-    f" bool want_x, bool want_matrix, bool want_shift, bool want_scale) -> (Tensor grad_x, {_GRADIENTS})",
-    reference_backward,
-    _gradients,
-)
-_backward_op.implement("cpu", _cpu_backward, _refuses_backward)
-_reverse_op = Operator(
-    "invertible_conv1x1_reverse",
-    f"(Tensor y, Tensor grad_y, Tensor? grad_logdet, Tensor matrix, Tensor inverse_matrix, {_PARAMETERS})"
-    f" -> (Tensor x, Tensor grad_x, {_GRADIENTS})",
-    reference_reverse,
-    _reversed,
-)
-_reverse_op.implement("cpu", _cpu_reverse, _refuses)
-
-
 class _InvertibleConv1x1(torch.autograd.Function):
     """Saves the inputs alone."""
 
@@ -157,7 +53,7 @@ class _InvertibleConv1x1(torch.autograd.Function):
         ctx.save_for_backward(x, matrix, shift, scale, lengths)
         ctx.settings = log, inverse
         ctx.set_materialize_grads(False)
-        return _forward_op(x, matrix, logabsdet, shift, scale, lengths, log, inverse)
+        return forward_op(x, matrix, logabsdet, shift, scale, lengths, log, inverse)
 
     @staticmethod
     def backward(ctx, grad_y, grad_logdet):
@@ -165,7 +61,7 @@ class _InvertibleConv1x1(torch.autograd.Function):
             return (None,) * 8
         want_x, want_matrix, want_logabsdet, want_shift, want_scale, *_ = ctx.needs_input_grad
         # With create_graph=True the formulas themselves are differentiated.
-        run: Any = reference_backward if torch.is_grad_enabled() else _backward_op
+        run: Any = reference_backward if torch.is_grad_enabled() else backward_op
         of_x, of_matrix, of_logabsdet, of_shift, of_scale = run(
             grad_y,
             grad_logdet,
@@ -186,6 +82,65 @@ class _InvertibleConv1x1(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _of_dense(x, weight, shift, scale, lengths, log, inverse):
+    """Output, log-determinant, and the inverse of the weight."""
+    channels = len(weight)
+    _, logabsdet, undo, _, _ = _slogdet_op(weight.reshape(-1), [channels])
+    undo = undo.view(channels, channels)
+    matrix = undo if inverse else weight
+    return *forward_op(x, matrix, logabsdet, shift, scale, lengths, log, inverse), undo
+
+
+class _OfDense(torch.autograd.Function):
+    """The same with the elimination of a dense weight, of which the inverse is kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, shift, scale, lengths, log, inverse):
+        y, logdet, undo = _of_dense(x, weight, shift, scale, lengths, log, inverse)
+        ctx.save_for_backward(x, weight, shift, scale, lengths, undo)
+        ctx.settings = log, inverse
+        ctx.set_materialize_grads(False)
+        return y, logdet
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_logdet):
+        if grad_y is None and grad_logdet is None:
+            return (None,) * 7
+        x, weight, shift, scale, lengths, undo = ctx.saved_tensors
+        log, inverse = ctx.settings
+        want_x, want_weight, want_shift, want_scale, *_ = ctx.needs_input_grad
+        run: Any = backward_op
+        if torch.is_grad_enabled():
+            run, undo = reference_backward, slogdet_inverse(weight).inverse
+        of_x, of_weight, of_logabsdet, of_shift, of_scale = run(
+            grad_y, grad_logdet, x, undo if inverse else weight, shift, scale, lengths, log, inverse,
+            want_x, want_weight, want_shift, want_scale,
+        )  # fmt: skip
+        if want_weight:
+            of_weight = _through_inverse(of_weight, undo) if inverse else of_weight
+            if grad_logdet is not None:
+                of_weight = torch.addcmul(of_weight, undo.mT, of_logabsdet)
+        return (
+            of_x if want_x else None,
+            of_weight if want_weight else None,
+            of_shift if want_shift else None,
+            of_scale if want_scale else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _through_inverse(grad: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient by a matrix from that by its inverse, in float64: the inverse comes in twice."""
+    factor = inverse.mT.double()
+    return -(factor @ grad.double() @ factor).to(grad.dtype)
 
 
 def invertible_conv1x1(
@@ -250,27 +205,29 @@ def invertible_conv1x1(
         RuntimeError: if a backend was forced that cannot run.
     """
     a = check("invertible_conv1x1", "x", x, weight, shift, scale, log_scale, lengths, channel_dim)
-    matrix, logabsdet = _mixing("invertible_conv1x1", a, slogdet, inverse)
-    args = (a.x, matrix, logabsdet, a.shift, a.scale, a.lengths, a.log, bool(inverse))
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-        output, logdet = _InvertibleConv1x1.apply(*args)
+    settings = a.shift, a.scale, a.lengths, a.log, bool(inverse)
+    if slogdet is None and not isinstance(a.weight, PLU):
+        if _differentiable(a.x, a.weight, a.shift, a.scale):
+            output, logdet = _OfDense.apply(a.x, a.weight, *settings)
+        else:
+            output, logdet = _of_dense(a.x, a.weight, *settings)[:2]
     else:
-        output, logdet = _forward_op(*args)
+        mixing = _mixing(a, slogdet, inverse)
+        run: Any = _InvertibleConv1x1.apply if _differentiable(a.x, *mixing, a.shift, a.scale) else forward_op
+        output, logdet = run(a.x, *mixing, *settings)
     return InvertibleConv1x1(output if a.x is x else output.movedim(1, channel_dim), logdet)
 
 
-def _mixing(op: str, a: Checked, slogdet: Any, inverse: bool) -> tuple[Tensor, Tensor]:
+def _mixing(a: Checked, slogdet: Any, inverse: bool) -> tuple[Tensor, Tensor]:
     """The matrix to multiply with, and log|det| of the weight."""
     if slogdet is not None:
-        dtype = torch.float64 if a.x.dtype == torch.float64 else torch.float32
-        check_slogdet(op, slogdet, a.x, dtype)
+        check_slogdet("invertible_conv1x1", slogdet, a.x)
     if isinstance(a.weight, PLU):
         logabsdet = a.weight.log_s.sum()
         if inverse and slogdet is not None:
             return slogdet.inverse, logabsdet
         matrix = assemble(a.weight)
         return slogdet_inverse(matrix).inverse if inverse else matrix, logabsdet
-    slogdet = slogdet_inverse(a.weight) if slogdet is None else slogdet
     return slogdet.inverse if inverse else a.weight, slogdet.logabsdet
 
 
@@ -332,16 +289,16 @@ def invertible_conv1x1_reverse(
         raise ValueError(f"{op}: grad_logdet is {shape}, expected shape ({len(y)},)")
     with torch.no_grad():
         if slogdet is not None:
-            check_slogdet(op, slogdet, a.x, (a.weight.p if isinstance(a.weight, PLU) else a.weight).dtype)
+            check_slogdet(op, slogdet, a.x)
         dense = assemble(a.weight) if isinstance(a.weight, PLU) else a.weight
         undo = (slogdet_inverse(dense) if slogdet is None else slogdet).inverse
         grad = grad_y if a.x is y else grad_y.movedim(channel_dim, 1)
         pair = (undo, dense) if inverse else (dense, undo)
-        x, grad_x, of_matrix, of_logabsdet, of_shift, of_scale = _reverse_op(
+        x, grad_x, of_matrix, of_logabsdet, of_shift, of_scale = reverse_op(
             a.x, grad, grad_logdet, *pair, a.shift, a.scale, a.lengths, a.log, bool(inverse)
         )
         if inverse:
-            of_matrix = -(undo.mT @ of_matrix @ undo.mT)
+            of_matrix = _through_inverse(of_matrix, undo)
         if isinstance(a.weight, PLU):
             of_weight: Any = _through_plu(a.weight, of_matrix, of_logabsdet)
         else:

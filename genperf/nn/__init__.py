@@ -1,16 +1,36 @@
 """Modules and distribution objects over :mod:`genperf.ops`: parameters and state, no mathematics."""
 
 from genperf.nn.diagonal_gaussian import DiagonalGaussian
+from genperf.nn.flows import (
+    ActNorm,
+    AffineCoupling,
+    Glow,
+    GlowStep,
+    InvertibleConv1x1,
+    ReversibleSequence,
+    Split,
+    Squeeze,
+    Unsqueeze,
+)
 from genperf.nn.gumbel_quantize import GumbelQuantize
 from genperf.nn.masked_conv import MaskedConv2d
 from genperf.nn.vector_quantize import GroupedResidualVQ, ResidualVQ, ShardedCodebook, VectorQuantize
 
 __all__ = [
+    "ActNorm",
+    "AffineCoupling",
     "DiagonalGaussian",
+    "Glow",
+    "GlowStep",
     "GroupedResidualVQ",
     "GumbelQuantize",
+    "InvertibleConv1x1",
     "MaskedConv2d",
     "ResidualVQ",
+    "ReversibleSequence",
     "ShardedCodebook",
+    "Split",
+    "Squeeze",
+    "Unsqueeze",
     "VectorQuantize",
 ]

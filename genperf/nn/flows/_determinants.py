@@ -1,0 +1,81 @@
+"""Determinants and inverses of all mixing matrices of a model by one call, kept until a matrix changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from genperf.ops.slogdet_inverse import SlogdetInverse, slogdet_inverse
+
+if TYPE_CHECKING:
+    from genperf.nn.flows.conv1x1 import InvertibleConv1x1
+
+
+class Found(NamedTuple):
+    """Results for one matrix, and which matrix that was; on the CPU with a copy of it."""
+
+    result: SlogdetInverse
+    key: tuple[int, int]
+    copy: Tensor | None
+
+
+def key_of(weight: Tensor) -> tuple[int, int] | None:
+    """The memory of a matrix and the number of writes to it; None where writes are not counted."""
+    return None if weight.is_inference() else (weight.data_ptr(), weight._version)
+
+
+def _is_current(conv: InvertibleConv1x1) -> bool:
+    """Whether what is known holds. Writes by ``weight.data`` do not count, but on the CPU they are seen."""
+    if conv.current() is None:
+        return False
+    copy = conv.found.copy  # type: ignore[union-attr]
+    return copy is None or bool((copy.numpy() == conv.weight.detach().numpy()).all())
+
+
+def prepare(convs: Sequence[InvertibleConv1x1]) -> None:
+    """Determinants and inverses for the weights of these layers, in one call for each device and dtype.
+
+    Nothing is computed where no weight was written since; into a CUDA graph it always is, for its replays.
+    Without effect under torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        return
+    groups: dict[tuple[torch.device, torch.dtype], list[InvertibleConv1x1]] = {}
+    for conv in convs:
+        groups.setdefault((conv.weight.device, conv.weight.dtype), []).append(conv)
+    for (device, _), members in groups.items():
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not capturing and all(_is_current(conv) for conv in members):
+            continue
+        with torch.inference_mode(False), torch.no_grad():  # training may use what sampling has computed
+            found = slogdet_inverse([conv.weight for conv in members])
+            sign, logabsdet, status = (t.unbind() for t in (found.sign, found.logabsdet, found.status))
+            each = zip(sign, logabsdet, found.inverse, found.inverse_transpose, status, strict=True)
+            for conv, result in zip(members, each, strict=True):
+                key = key_of(conv.weight)
+                copy = conv.weight.detach().clone() if device.type == "cpu" else None
+                conv.found = None if key is None else Found(SlogdetInverse(*result), key, copy)
+
+
+class _Through(torch.autograd.Function):
+    """log|det W| that is known already, with its gradient W^-T."""
+
+    @staticmethod
+    def forward(ctx, weight, logabsdet, inverse_transpose):
+        ctx.save_for_backward(inverse_transpose)
+        return logabsdet.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (inverse_transpose,) = ctx.saved_tensors
+        return grad * inverse_transpose, None, None
+
+
+def through(weight: Tensor, known: SlogdetInverse) -> SlogdetInverse:
+    """The results with ``logabsdet`` differentiable by ``weight``, once."""
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return known
+    return known._replace(logabsdet=_Through.apply(weight, known.logabsdet, known.inverse_transpose))

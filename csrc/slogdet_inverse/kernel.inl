@@ -1,212 +1,229 @@
 // CPU kernels, built once per instruction set (GENPERF_ISA).
+#include <algorithm>
 #include <cmath>
-#include <utility>
+#include <limits>
 
 #include "../common/scratch.h"
-#include "../common/simd.h"
-#include "slogdet_inverse.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace genperf {
 namespace GENPERF_ISA {
 
 namespace {
 
-constexpr int kDoubles = kNativeBytes / 8;
-typedef double Nd __attribute__((vector_size(kNativeBytes), aligned(8)));
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int64_t kPanelRows = kStrip * 8;  // at most
 
-GENPERF_HD Nd load(const double* p) { return *reinterpret_cast<const Nd*>(p); }
-GENPERF_HD void store(double* p, Nd x) { *reinterpret_cast<Nd*>(p) = x; }
-
-#if defined(__AVX512F__)
-GENPERF_HD Nd multiply_add(Nd a, Nd b, Nd c) {
-  return (Nd)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-}
-#elif defined(__FMA__)
-GENPERF_HD Nd multiply_add(Nd a, Nd b, Nd c) {
-  return (Nd)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-}
-#else
-GENPERF_HD Nd multiply_add(Nd a, Nd b, Nd c) { return a * b + c; }
-#endif
-
-constexpr int kPanel = 32;      // columns that are eliminated before the others hear of it
-constexpr int kUnblocked = 64;  // sizes up to which all columns are one panel
-constexpr int kTileRows = 4, kTileVectors = 3, kStrip = kTileVectors * kDoubles;
-
-// Gauss-Jordan elimination in place: after step k the first k columns hold those of what the matrix must be
-// multiplied by to have unit columns there; after the last one, that is the inverse with its columns
-// permuted.
+// Elimination in place: after step k the first k columns hold those of what the matrix must be multiplied by
+// to have unit columns there; after the last one, that is the inverse with its columns permuted.
 class Inverter {
  public:
-  explicit Inverter(int64_t n)
-      : n_(n),
-        pitch_((n + kStrip - 1) / kStrip * kStrip),
-        w_(n * pitch_, 0.0),
-        panel_(n > kUnblocked ? kPanel : n),
-        rows_(n > kUnblocked ? panel_ * pitch_ : 0),
-        column_(n) {}
+  explicit Inverter(int64_t largest)
+      : w_((largest + kStrip - 1) / kStrip * kStrip * largest),
+        exchanged_(largest),
+        from_(largest),
+        place_(largest) {}
 
   template <class T>
-  void run(const T* a, T* inverse, T* transpose, T& sign, T& logabsdet, int64_t& status) {
-    bool finite = true;
-    for (int64_t i = 0; i < n_; ++i)
-      for (int64_t j = 0; j < n_; ++j) {
-        w_[i * pitch_ + j] = a[i * n_ + j];
-        finite &= std::isfinite(a[i * n_ + j]);
-      }
-    status = finite ? 0 : -1;
-    for (int64_t k = 0; k < n_ && status == 0; k += panel_) {
-      const int64_t end = k + panel_ < n_ ? k + panel_ : n_;
-      status = eliminate(k, end);
-      if (status == 0 && panel_ < n_) update(k, end);
-    }
+  void run(int64_t n, const T* a, T* inverse, T* transpose, T& sign, T& logabsdet, int64_t& status) {
+    n_ = n;
+    strips_ = (n + kStrip - 1) / kStrip;
+    whole_ = transpose != nullptr;
+    mantissa_ = 1.0;
+    exponent_ = 0;
+    status = read(a) ? 0 : -1;
+    const int64_t width = panel_strips(n);
+    for (int64_t s = 0; s < strips_ && status == 0; s += width)
+      status = eliminate_panel(s, std::min(s + width, strips_));
     if (status != 0) {
-      const T nan = static_cast<T>(std::nan(""));
+      constexpr T nan = std::numeric_limits<T>::quiet_NaN();
       sign = status > 0 ? T(0) : nan;
       logabsdet = status > 0 ? -std::numeric_limits<T>::infinity() : nan;
-      for (int64_t i = 0; i < n_ * n_; ++i) inverse[i] = transpose[i] = nan;
+      for (T* out : {inverse, transpose})
+        if (out) std::fill_n(out, n * n, nan);
       return;
     }
-    sign = negative_ ? T(-1) : T(1);
-    logabsdet = static_cast<T>(std::log(mantissa_) + exponent_ * 0.69314718055994530942);
-    // Rows were exchanged on the way; of the inverse these are columns.
-    Scratch<int64_t> from(n_);
-    for (int64_t j = 0; j < n_; ++j) from[j] = j;
-    for (int64_t k = n_ - 1; k >= 0; --k) std::swap(from[k], from[column_[k]]);
-    for (int64_t i = 0; i < n_; ++i)
-      for (int64_t j = 0; j < n_; ++j) inverse[i * n_ + j] = static_cast<T>(w_[i * pitch_ + from[j]]);
-    constexpr int64_t kTile = 16;
-    for (int64_t i0 = 0; i0 < n_; i0 += kTile)
-      for (int64_t j0 = 0; j0 < n_; j0 += kTile)
-        for (int64_t i = i0; i < n_ && i < i0 + kTile; ++i)
-          for (int64_t j = j0; j < n_ && j < j0 + kTile; ++j) transpose[i * n_ + j] = inverse[j * n_ + i];
+    sign = static_cast<T>(mantissa_ < 0.0 ? -1.0 : 1.0);
+    logabsdet = static_cast<T>(std::log(std::fabs(mantissa_)) +
+                               static_cast<double>(exponent_) * 0.69314718055994530942);
+    if (transpose) write(transpose);
+    if (inverse) transpose_all(transpose, inverse, n);
   }
 
  private:
-  // Steps [begin, end), within their columns. Returns the status.
-  int64_t eliminate(int64_t begin, int64_t end) {
-    const int64_t first = begin / kDoubles * kDoubles, last = (end + kDoubles - 1) / kDoubles * kDoubles;
-    for (int64_t k = begin; k < end; ++k) {
-      int64_t best = k;
-      for (int64_t i = k + 1; i < n_; ++i)
-        if (std::fabs(w_[i * pitch_ + k]) > std::fabs(w_[best * pitch_ + k])) best = i;
-      double* const row = w_.get() + k * pitch_;
-      const double pivot = w_[best * pitch_ + k];
-      if (pivot == 0.0) return k + 1;
-      column_[k] = best;
-      if (best != k) {
-        double* const other = w_.get() + best * pitch_;
-        for (int64_t j = 0; j < pitch_; j += kDoubles) {
-          const Nd x = load(row + j);
-          store(row + j, load(other + j));
-          store(other + j, x);
+  double* strip(int64_t s) const { return w_.get() + s * n_ * kStrip; }
+
+  // False where an element is not finite.
+  template <class T>
+  bool read(const T* a) const {
+    Nd bad[kVectors] = {};
+    for (int64_t s = 0; s < strips_; ++s) {
+      double* to = strip(s);
+      const T* from = a + s * kStrip;
+      const int64_t count = std::min<int64_t>(kStrip, n_ - s * kStrip);
+      for (int64_t i = 0; i < n_; ++i, from += n_, to += kStrip) {
+        if (count == kStrip) {
+          widen(from, to);
+        } else {
+          for (int v = 0; v < kStrip; ++v) to[v] = v < count ? static_cast<double>(from[v]) : 0.0;
         }
+        for (int v = 0; v < kVectors; ++v) bad[v] += load(to + v * kDoubles) * 0.0;
       }
-      multiply_determinant(pivot, best != k);
-      row[k] = 1.0;
-      const Nd reciprocal = Nd{} + 1.0 / pivot;
-      for (int64_t j = first; j < last; j += kDoubles) store(row + j, load(row + j) * reciprocal);
-      for (int64_t i = 0; i < n_; ++i) {
-        if (i == k) continue;
-        double* const to = w_.get() + i * pitch_;
-        const Nd factor = Nd{} - to[k];
-        to[k] = 0.0;
-        for (int64_t j = first; j < last; j += kDoubles)
-          store(to + j, multiply_add(factor, load(row + j), load(to + j)));
-      }
+    }
+    double sum = 0.0;
+    for (int v = 0; v < kStrip; ++v) sum += bad[v / kDoubles][v % kDoubles];
+    return sum == 0.0;
+  }
+
+  // Columns of the strips [first, last), and what that does to all others. Returns the status.
+  int64_t eliminate_panel(int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      if (const int64_t status = eliminate_strip(s)) return status;
+      for (int64_t t = first; t < last; ++t)
+        if (t != s) update(t, s, s + 1);
+    }
+    for (int64_t t = whole_ ? 0 : last; t < strips_; ++t)
+      if (t < first || t >= last) update(t, first, last);
+    return 0;
+  }
+
+  int64_t eliminate_strip(int64_t s) {
+    double* const w = strip(s);
+    const int64_t begin = s * kStrip, end = std::min(begin + kStrip, n_);
+    double largest = 0.0;
+    for (int64_t i = begin; i < n_; ++i) largest = std::max(largest, std::fabs(w[i * kStrip]));
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t column = k - begin;
+      if (largest == 0.0) return k + 1;
+      int64_t best = k;
+      while (best < n_ && std::fabs(w[best * kStrip + column]) != largest) ++best;
+      if (best == n_ || largest == kInfinity) return -1;
+      exchanged_[k] = best;
+      exchange(w, k);
+      multiply_determinant(best == k ? w[k * kStrip + column] : -w[k * kStrip + column]);
+      largest = step(w, k, column);
     }
     return 0;
   }
 
-  // What the steps [begin, end) do to the other columns: a product with the columns that they left.
-  void update(int64_t begin, int64_t end) {
-    const int64_t depth = end - begin;
-    for (int64_t j = 0; j < pitch_; j += kStrip)
-      for (int64_t k = 0; k < depth; ++k) {
-        double* const from = w_.get() + (begin + k) * pitch_ + j;
-        for (int v = 0; v < kStrip; ++v) {
-          const bool own = j + v >= begin && j + v < end;
-          rows_[(j / kStrip * depth + k) * kStrip + v] = own ? 0.0 : from[v];
-          if (!own) from[v] = 0.0;
-        }
-      }
-    for (int64_t i = 0; i < n_; i += kTileRows) {
-      const int64_t count = n_ - i < kTileRows ? n_ - i : kTileRows;
-      for (int64_t j = 0; j < pitch_; j += kStrip) {
-        const double* const rows = rows_.get() + j * depth;
-        if (count == kTileRows) {
-          tile<kTileRows>(i, j, begin, depth, rows);
-        } else {
-          for (int64_t r = i; r < n_; ++r) tile<1>(r, j, begin, depth, rows);
-        }
-      }
+  void exchange(double* w, int64_t k) const {
+    if (exchanged_[k] == k) return;
+    double *const a = w + k * kStrip, *const b = w + exchanged_[k] * kStrip;
+    for (int v = 0; v < kStrip; v += kDoubles) {
+      const Nd x = load(a + v);
+      store(a + v, load(b + v));
+      store(b + v, x);
     }
   }
 
-  template <int kRows>
-  void tile(int64_t i, int64_t j, int64_t begin, int64_t depth, const double* rows) {
-    double* const to = w_.get() + i * pitch_ + j;
-    const double* const factor = w_.get() + i * pitch_ + begin;
-    Nd sum[kRows][kTileVectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = load(to + r * pitch_ + v * kDoubles);
-    for (int64_t k = 0; k < depth; ++k, rows += kStrip) {
-      Nd row[kTileVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) row[v] = load(rows + v * kDoubles);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Nd x = Nd{} + factor[r * pitch_ + k];
-#pragma GCC unroll 8
-        for (int v = 0; v < kTileVectors; ++v) sum[r][v] = multiply_add(x, row[v], sum[r][v]);
-      }
+  // Makes a column of a strip a unit column. Returns the largest of the next, below row k.
+  double step(double* w, int64_t k, int64_t column) const {
+    alignas(64) double row[kStrip];
+    alignas(64) int64_t keep[kStrip];
+    const double reciprocal = 1.0 / w[k * kStrip + column];
+    for (int v = 0; v < kStrip; ++v) {
+      row[v] = w[k * kStrip + v] * reciprocal;
+      keep[v] = -1;
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) store(to + r * pitch_ + v * kDoubles, sum[r][v]);
+    row[column] = reciprocal;
+    keep[column] = 0;
+    Nd r[kVectors], minus[kVectors], largest[kVectors];
+    Ni mask[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      r[v] = load(row + v * kDoubles);
+      minus[v] = -r[v];
+      mask[v] = *reinterpret_cast<const Ni*>(keep + v * kDoubles);
+      largest[v] = Nd{};
+    }
+    const auto eliminate = [&](double* to) {
+      const Nd factor = splat(to[column]);
+      for (int v = 0; v < kVectors; ++v) {
+        const Nd x = multiply_add(factor, minus[v], (Nd)((Ni)load(to + v * kDoubles) & mask[v]));
+        store(to + v * kDoubles, x);
+        largest[v] = larger(abs(x), largest[v]);
+      }
+    };
+    for (int64_t i = whole_ ? 0 : k; i < k; ++i) eliminate(w + i * kStrip);
+    for (int v = 0; v < kVectors; ++v) store(w + k * kStrip + v * kDoubles, r[v]), largest[v] = Nd{};
+    for (int64_t i = k + 1; i < n_; ++i) eliminate(w + i * kStrip);
+    for (int v = 0; v < kVectors; ++v) store(row + v * kDoubles, largest[v]);
+    return column + 1 < kStrip ? row[column + 1] : 0.0;
   }
 
-  void multiply_determinant(double pivot, bool exchanged) {
-    negative_ ^= (pivot < 0.0) != exchanged;
+  // What the elimination of the strips [first, last) does to strip t: a product with what it left there.
+  void update(int64_t t, int64_t first, int64_t last) const {
+    alignas(64) double rows[kPanelRows * kStrip];
+    double* const w = strip(t);
+    const int64_t begin = first * kStrip, end = std::min(last * kStrip, n_), top = whole_ ? 0 : begin;
+    for (int64_t k = begin; k < end; ++k) exchange(w, k);
+    for (int64_t i = 0; i < (end - begin) * kStrip; i += kDoubles) {
+      store(rows + i, load(w + begin * kStrip + i));
+      store(w + begin * kStrip + i, Nd{});
+    }
+    multiply(w + top * kStrip, strip(first) + top * kStrip, n_ * kStrip, rows, n_ - top, end - begin);
+  }
+
+  void multiply_determinant(double pivot) {
     int exponent;
-    mantissa_ = std::frexp(mantissa_ * std::fabs(pivot), &exponent);
+    mantissa_ = std::frexp(mantissa_ * pivot, &exponent);
     exponent_ += exponent;
   }
 
-  const int64_t n_, pitch_;
-  Scratch<double> w_;
-  const int64_t panel_;
-  Scratch<double> rows_;  // of a panel, by strips of columns
-  Scratch<int64_t> column_;
-  bool negative_ = false;
+  // Rows were exchanged on the way; of the inverse these are columns, and of its transpose rows.
+  template <class T>
+  void write(T* transpose) {
+    for (int64_t j = 0; j < n_; ++j) from_[j] = j;
+    for (int64_t k = n_ - 1; k >= 0; --k) std::swap(from_[k], from_[exchanged_[k]]);
+    for (int64_t j = 0; j < n_; ++j) place_[from_[j]] = j;
+    for (int64_t j = 0; j < n_; j += 4) {
+      const double* const from = strip(j / kStrip) + j % kStrip;
+      T* to[4] = {};
+      for (int64_t v = 0; v < 4 && j + v < n_; ++v) to[v] = transpose + place_[j + v] * n_;
+      int64_t i = 0;
+      for (; i + 4 <= n_ && to[3]; i += 4)
+        transpose_tile(from + i * kStrip, kStrip, [&](int v) { return to[v] + i; });
+      for (; i < n_; ++i)
+        for (int64_t v = 0; v < 4 && to[v]; ++v) to[v][i] = static_cast<T>(from[i * kStrip + v]);
+    }
+  }
+
+  int64_t n_ = 0, strips_ = 0;
+  bool whole_ = true;  // also what lies above the diagonal, which the inverse needs
+  Scratch<double> w_;  // by strips of columns, [strips, n, kStrip]
+  Scratch<int64_t> exchanged_, from_, place_;
   double mantissa_ = 1.0;
   int64_t exponent_ = 0;
 };
 
 template <class T>
 void run_all(const SlogdetInverseArgs& a) {
-  const int64_t count = a.sizes.numel();
-  const int64_t* sizes = static_cast<const int64_t*>(a.sizes.data);
-  Scratch<int64_t> begin(count);
-  int64_t total = 0, work = 0;
+  const int64_t count = a.sizes.size();
+  const int64_t* const sizes = a.sizes.data();
+  Scratch<int64_t> begin(count), order(count);
+  int64_t total = 0, work = 0, largest = 0;
   for (int64_t i = 0; i < count; ++i) {
     begin[i] = total;
+    order[i] = i;
     total += sizes[i] * sizes[i];
     work += sizes[i] * sizes[i] * sizes[i];
+    largest = std::max(largest, sizes[i]);
   }
-  const auto at = [](const View& v, int64_t i) { return static_cast<T*>(v.data) + i; };
-  [[maybe_unused]] const bool large = work > 1 << 16;
-#pragma omp parallel for schedule(dynamic) if (large)
-  for (int64_t i = 0; i < count; ++i)
-    Inverter(sizes[i]).run(at(a.packed, begin[i]), at(a.inverse, begin[i]), at(a.inverse_transpose, begin[i]),
-                           *at(a.sign, i), *at(a.logabsdet, i), static_cast<int64_t*>(a.status.data)[i]);
+  // The costly ones first, so that no thread begins one when the others are done.
+  std::stable_sort(order.get(), order.get() + count,
+                   [=](int64_t x, int64_t y) { return sizes[x] > sizes[y]; });
+  const auto at = [](const View& v, int64_t i) { return v ? static_cast<T*>(v.data) + i : nullptr; };
+  [[maybe_unused]] const bool large = count > 1 && work > 1 << 16;
+#pragma omp parallel if (large)
+  {
+    Inverter inverter(largest);
+#pragma omp for schedule(dynamic)
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t i = order[k];
+      inverter.run(sizes[i], at(a.packed, begin[i]), at(a.inverse, begin[i]),
+                   at(a.inverse_transpose, begin[i]), *at(a.sign, i), *at(a.logabsdet, i),
+                   static_cast<int64_t*>(a.status.data)[i]);
+    }
+  }
 }
 
 }  // namespace

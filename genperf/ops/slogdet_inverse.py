@@ -44,41 +44,51 @@ def _runs(sizes: Sequence[int]) -> Iterator[tuple[slice, slice, int]]:
         first, element = last, end
 
 
-def _reference(packed: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if not sizes:
-        return _outputs(packed, sizes)
-    parts: list[tuple[Tensor, ...]] = []
-    for _, elements, size in _runs(sizes):
-        matrices = packed[elements].view(-1, size, size).double()
-        finite = matrices.isfinite().all(-1).all(-1)
-        safe = torch.where(finite[:, None, None], matrices, torch.eye(size).to(matrices))
+_Results = tuple[Tensor, Tensor, Any, Any, Tensor]
+
+
+def _outputs(packed: Tensor, sizes: list[int], want_inverse: bool, want_transpose: bool) -> _Results:
+    return (
+        packed.new_empty(len(sizes)),
+        packed.new_empty(len(sizes)),
+        torch.empty_like(packed) if want_inverse else None,
+        torch.empty_like(packed) if want_transpose else None,
+        packed.new_empty(len(sizes), dtype=torch.int64),
+    )
+
+
+def _reference(packed: Tensor, sizes: list[int], want_inverse: bool, want_transpose: bool) -> _Results:
+    results = _outputs(packed, sizes, want_inverse, want_transpose)
+    for matrices, elements, size in _runs(sizes):
+        exact = packed[elements].view(-1, size, size).double()
+        finite = exact.isfinite().all(-1).all(-1)
+        safe = torch.where(finite[:, None, None], exact, torch.eye(size).to(exact))
         sign, logabsdet = torch.linalg.slogdet(safe)
         inverse, info = torch.linalg.inv_ex(safe)
         inverse = torch.where((finite & (info == 0))[:, None, None], inverse, torch.nan)
-        sign, logabsdet = (torch.where(finite, t, torch.nan) for t in (sign, logabsdet))
-        status = torch.where(finite, info.long(), -1)
-        both = inverse.to(packed.dtype), inverse.mT.to(packed.dtype)
-        parts.append((sign, logabsdet, *(t.reshape(-1) for t in both), status))
-    sign, logabsdet, inverse, transpose, status = (torch.cat(p) for p in zip(*parts, strict=True))
-    return sign.to(packed.dtype), logabsdet.to(packed.dtype), inverse, transpose, status
+        found = (
+            torch.where(finite, sign, torch.nan),
+            torch.where(finite, logabsdet, torch.nan),
+            inverse.reshape(-1),
+            inverse.mT.reshape(-1),
+            torch.where(finite, info.long(), -1),
+        )
+        places = (matrices, matrices, elements, elements, matrices)
+        for to, place, values in zip(results, places, found, strict=True):
+            if to is not None:
+                to[place] = values.to(to.dtype)
+    return results
 
 
-def _outputs(packed: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sign, logabsdet = packed.new_empty(len(sizes)), packed.new_empty(len(sizes))
-    status = packed.new_empty(len(sizes), dtype=torch.int64)
-    return sign, logabsdet, torch.empty_like(packed), torch.empty_like(packed), status
-
-
-def _cpu(packed: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    outputs = _outputs(packed, sizes)
-    native = _backend.native.cpu  # type: ignore[union-attr]
-    native.slogdet_inverse(packed, torch.tensor(sizes), *outputs)
-    return outputs
+def _cpu(packed: Tensor, sizes: list[int], want_inverse: bool, want_transpose: bool) -> _Results:
+    results = _outputs(packed, sizes, want_inverse, want_transpose)
+    _backend.native.cpu.slogdet_inverse(packed, sizes, *results)  # type: ignore[union-attr]
+    return results
 
 
 _op = Operator(
     "slogdet_inverse",
-    "(Tensor packed, int[] sizes)"
+    "(Tensor packed, int[] sizes, bool want_inverse, bool want_transpose)"
     " -> (Tensor sign, Tensor logabsdet, Tensor inverse, Tensor inverse_transpose, Tensor status)",
     _reference,
     _outputs,
@@ -90,9 +100,9 @@ class _SlogdetInverse(torch.autograd.Function):
     """Saves the transposed inverses alone: d logabsdet = W^-T, d W^-1 = -W^-1 dW W^-1."""
 
     @staticmethod
-    def forward(ctx, packed, sizes):
+    def forward(ctx, packed, sizes, want_inverse):
         ctx.set_materialize_grads(False)
-        sign, logabsdet, inverse, transpose, status = _op(packed, sizes)
+        sign, logabsdet, inverse, transpose, status = _op(packed, sizes, want_inverse, True)
         ctx.save_for_backward(transpose)
         ctx.sizes = sizes
         ctx.mark_non_differentiable(sign, status)
@@ -111,11 +121,17 @@ class _SlogdetInverse(torch.autograd.Function):
                 grad = grad - x @ of_transpose[elements].view(x.shape).mT @ x
             grads.append(grad.reshape(-1))
         if not grads:
-            return torch.zeros_like(transpose), None
-        return grads[0] if len(grads) == 1 else torch.cat(grads), None
+            return torch.zeros_like(transpose), None, None
+        return grads[0] if len(grads) == 1 else torch.cat(grads), None, None
 
 
-def slogdet_inverse(matrices: Tensor | Sequence[Tensor]) -> SlogdetInverse:
+def _run(packed: Tensor, sizes: list[int], inverses: bool) -> _Results:
+    if packed.requires_grad and torch.is_grad_enabled():
+        return _SlogdetInverse.apply(packed, sizes, inverses)
+    return _op(packed, sizes, inverses, inverses)
+
+
+def slogdet_inverse(matrices: Tensor | Sequence[Tensor], *, inverses: bool = True) -> SlogdetInverse:
     """Sign and logarithm of the absolute determinant, and the inverse, of square matrices of any sizes.
 
     One call for all layers of a model: one native call on the CPU, which shares the matrices out among
@@ -130,6 +146,8 @@ def slogdet_inverse(matrices: Tensor | Sequence[Tensor]) -> SlogdetInverse:
 
     Args:
         matrices: [*, C, C], or matrices [C, C] each of its own size, on one device; float32 or float64.
+        inverses: False leaves out ``inverse`` and ``inverse_transpose``, which are None then. Where no
+            gradient is wanted either, two thirds of the work fall away.
 
     Returns:
         :class:`SlogdetInverse`: ``sign`` (-1, 0 or 1) and ``logabsdet``, [*] or, of several matrices, [n],
@@ -143,46 +161,54 @@ def slogdet_inverse(matrices: Tensor | Sequence[Tensor]) -> SlogdetInverse:
         ValueError: for a matrix that is not square or empty, or matrices on two devices.
         RuntimeError: if a backend was forced that cannot run.
     """
-    given = [matrices] if isinstance(matrices, Tensor) else list(matrices)
-    _check(given, isinstance(matrices, Tensor))
     if isinstance(matrices, Tensor):
+        _check([matrices], True)
         shape = matrices.shape
-        sizes = [shape[-1]] * math.prod(shape[:-2])
-        found = _SlogdetInverse.apply(matrices.reshape(-1), sizes)
-        sign, logabsdet, inverse, transpose, status = found
         batch = shape[:-2]
+        sizes = [shape[-1]] * math.prod(batch)
+        sign, logabsdet, inverse, transpose, status = _run(matrices.reshape(-1), sizes, inverses)
         return SlogdetInverse(
             sign.view(batch),
             logabsdet.view(batch),
-            inverse.view(shape),
-            transpose.view(shape),
+            inverse.view(shape) if inverses else None,
+            transpose.view(shape) if inverses else None,
             status.view(batch),
         )
-    sizes = [m.shape[0] for m in given]
-    packed = torch.cat([m.reshape(-1) for m in given])
-    sign, logabsdet, inverse, transpose, status = _SlogdetInverse.apply(packed, sizes)
+    given = list(matrices)
+    sizes = _check(given, False)
+    parts = [torch.stack(given[where]).view(-1) for where, _, _ in _runs(sizes)]
+    packed = parts[0] if len(parts) == 1 else torch.cat(parts)
+    sign, logabsdet, inverse, transpose, status = _run(packed, sizes, inverses)
+    if not inverses:
+        return SlogdetInverse(sign, logabsdet, None, None, status)
+    return SlogdetInverse(sign, logabsdet, _apart(inverse, sizes), _apart(transpose, sizes), status)
 
-    def apart(packed: Tensor) -> tuple[Tensor, ...]:
-        parts = packed.split([size * size for size in sizes])
-        return tuple(part.view(size, size) for part, size in zip(parts, sizes, strict=True))
 
-    return SlogdetInverse(sign, logabsdet, apart(inverse), apart(transpose), status)
+def _apart(packed: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    parts: list[Tensor] = []
+    for _, elements, size in _runs(sizes):
+        parts += packed[elements].view(-1, size, size).unbind()
+    return tuple(parts)
 
 
-def _check(matrices: list[Any], one: bool) -> None:
+def _check(matrices: list[Any], one: bool) -> list[int]:
+    """The sizes."""
     if not matrices:
         raise ValueError("slogdet_inverse: matrices is empty, expected a tensor or at least one matrix")
+    first = matrices[0]
+    sizes: list[int] = []
     for i, matrix in enumerate(matrices):
         name = "matrices" if one else f"matrices[{i}]"
         if not isinstance(matrix, Tensor):
             raise TypeError(f"slogdet_inverse: {name} is {type(matrix).__name__}, expected a tensor")
         if matrix.dtype not in _DTYPES:
             raise TypeError(f"slogdet_inverse: {name} is {matrix.dtype}, expected one of {_DTYPES}")
-        shape = tuple(matrix.shape)
+        shape = matrix.shape
         if len(shape) < 2 or (len(shape) > 2 and not one) or shape[-1] != shape[-2] or shape[-1] == 0:
             expected = "[*, C, C]" if one else "[C, C]"
-            raise ValueError(f"slogdet_inverse: {name} has shape {shape}, expected {expected}, C at least 1")
-        first = matrices[0]
+            raise ValueError(
+                f"slogdet_inverse: {name} has shape {tuple(shape)}, expected {expected}, C at least 1"
+            )
         if matrix.dtype != first.dtype:
             raise TypeError(
                 f"slogdet_inverse: {name} is {matrix.dtype}, expected {first.dtype}, as matrices[0]"
@@ -191,3 +217,5 @@ def _check(matrices: list[Any], one: bool) -> None:
             raise ValueError(
                 f"slogdet_inverse: {name} is on {matrix.device}, expected {first.device}, as matrices[0]"
             )
+        sizes.append(shape[-1])
+    return sizes

@@ -160,6 +160,29 @@ def test_gradients_by_finite_differences(flip, backend):
     assert torch.autograd.gradgradcheck(function, matrices)
 
 
+@DTYPES
+def test_determinants_alone(dtype, backend):
+    """The same bits with fewer results; the gradient is there all the same."""
+    skip_without(backend)
+    sizes = [1, 3, 12, 12, 41, 70, 130]
+    matrices = [of_condition(size, 20.0, size).to(dtype) for size in sizes]
+    matrices.insert(3, torch.zeros(5, 5, dtype=dtype))
+    whole, alone = slogdet_inverse(matrices), slogdet_inverse(matrices, inverses=False)
+    leaves = [m.clone().requires_grad_() for m in matrices]
+    trained = slogdet_inverse(leaves, inverses=False)
+    for result in (alone, trained):
+        assert result.inverse is None
+        assert result.inverse_transpose is None
+        assert torch.equal(result.sign, whole.sign)
+        assert torch.equal(result.logabsdet, whole.logabsdet)
+        assert torch.equal(result.status, whole.status)
+    del leaves[3]
+    grads = torch.autograd.grad(trained.logabsdet[trained.status == 0].sum(), leaves)
+    del matrices[3]
+    for grad, expected in zip(grads, slogdet_inverse(matrices).inverse_transpose, strict=True):
+        assert torch.equal(grad, expected)
+
+
 def test_absent_gradients(backend):
     """Only some results are differentiated, and only some matrices."""
     skip_without(backend)

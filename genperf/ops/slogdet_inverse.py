@@ -47,7 +47,9 @@ def _runs(sizes: Sequence[int]) -> Iterator[tuple[slice, slice, int]]:
 _Results = tuple[Tensor, Tensor, Any, Any, Tensor]
 
 
-def _outputs(packed: Tensor, sizes: list[int], want_inverse: bool, want_transpose: bool) -> _Results:
+def _outputs(
+    packed: Tensor, sizes: list[int], want_inverse: bool = True, want_transpose: bool = True
+) -> _Results:
     return (
         packed.new_empty(len(sizes)),
         packed.new_empty(len(sizes)),
@@ -57,7 +59,9 @@ def _outputs(packed: Tensor, sizes: list[int], want_inverse: bool, want_transpos
     )
 
 
-def _reference(packed: Tensor, sizes: list[int], want_inverse: bool, want_transpose: bool) -> _Results:
+def _reference(
+    packed: Tensor, sizes: list[int], want_inverse: bool = True, want_transpose: bool = True
+) -> _Results:
     results = _outputs(packed, sizes, want_inverse, want_transpose)
     for matrices, elements, size in _runs(sizes):
         exact = packed[elements].view(-1, size, size).double()
@@ -80,7 +84,9 @@ def _reference(packed: Tensor, sizes: list[int], want_inverse: bool, want_transp
     return results
 
 
-def _cpu(packed: Tensor, sizes: list[int], want_inverse: bool, want_transpose: bool) -> _Results:
+def _cpu(
+    packed: Tensor, sizes: list[int], want_inverse: bool = True, want_transpose: bool = True
+) -> _Results:
     results = _outputs(packed, sizes, want_inverse, want_transpose)
     _backend.native.cpu.slogdet_inverse(packed, sizes, *results)  # type: ignore[union-attr]
     return results
@@ -88,7 +94,7 @@ def _cpu(packed: Tensor, sizes: list[int], want_inverse: bool, want_transpose: b
 
 _op = Operator(
     "slogdet_inverse",
-    "(Tensor packed, int[] sizes, bool want_inverse, bool want_transpose)"
+    "(Tensor packed, int[] sizes, bool want_inverse=True, bool want_transpose=True)"
     " -> (Tensor sign, Tensor logabsdet, Tensor inverse, Tensor inverse_transpose, Tensor status)",
     _reference,
     _outputs,
@@ -114,7 +120,7 @@ class _SlogdetInverse(torch.autograd.Function):
         grads = []
         for matrices, elements, size in _runs(ctx.sizes):
             x = transpose[elements].view(-1, size, size)
-            grad = torch.zeros_like(x) if of_logabsdet is None else x * of_logabsdet[matrices, None, None]
+            grad = torch.zeros_like(x) if of_logabsdet is None else x * of_logabsdet[matrices].view(-1, 1, 1)
             if of_inverse is not None:
                 grad = grad - x @ of_inverse[elements].view(x.shape) @ x
             if of_transpose is not None:
@@ -196,26 +202,25 @@ def _check(matrices: list[Any], one: bool) -> list[int]:
     if not matrices:
         raise ValueError("slogdet_inverse: matrices is empty, expected a tensor or at least one matrix")
     first = matrices[0]
-    sizes: list[int] = []
+    sizes = []
     for i, matrix in enumerate(matrices):
-        name = "matrices" if one else f"matrices[{i}]"
         if not isinstance(matrix, Tensor):
-            raise TypeError(f"slogdet_inverse: {name} is {type(matrix).__name__}, expected a tensor")
-        if matrix.dtype not in _DTYPES:
-            raise TypeError(f"slogdet_inverse: {name} is {matrix.dtype}, expected one of {_DTYPES}")
-        shape = matrix.shape
+            raise TypeError(f"{_name(i, one)} is {type(matrix).__name__}, expected a tensor")
+        shape, dtype = matrix.shape, matrix.dtype
+        if dtype not in _DTYPES:
+            raise TypeError(f"{_name(i, one)} is {dtype}, expected one of {_DTYPES}")
         if len(shape) < 2 or (len(shape) > 2 and not one) or shape[-1] != shape[-2] or shape[-1] == 0:
             expected = "[*, C, C]" if one else "[C, C]"
-            raise ValueError(
-                f"slogdet_inverse: {name} has shape {tuple(shape)}, expected {expected}, C at least 1"
-            )
-        if matrix.dtype != first.dtype:
-            raise TypeError(
-                f"slogdet_inverse: {name} is {matrix.dtype}, expected {first.dtype}, as matrices[0]"
-            )
+            raise ValueError(f"{_name(i, one)} has shape {tuple(shape)}, expected {expected}, C at least 1")
+        if dtype != first.dtype:
+            raise TypeError(f"{_name(i, one)} is {dtype}, expected {first.dtype}, as matrices[0]")
         if matrix.device != first.device:
             raise ValueError(
-                f"slogdet_inverse: {name} is on {matrix.device}, expected {first.device}, as matrices[0]"
+                f"{_name(i, one)} is on {matrix.device}, expected {first.device}, as matrices[0]"
             )
         sizes.append(shape[-1])
     return sizes
+
+
+def _name(i: int, one: bool) -> str:
+    return "slogdet_inverse: matrices" if one else f"slogdet_inverse: matrices[{i}]"

@@ -1,9 +1,9 @@
 // CPU kernels, built once per instruction set (GENPERF_ISA).
 //
-// The work is cut into chunks of logical elements: part of one sample, or several whole samples where
-// they are small. A chunk passes through the first-level cache once: noise into an array, one loop of
-// vector math, sums. Chunks depend on the shape alone, so that sums are the same for any thread count.
+// A chunk (see common/sample_chunks.h) passes through the first-level cache once: noise into an array, one
+// loop of vector math, sums.
 #include "../common/philox_cpu.h"
+#include "../common/sample_chunks.h"
 #include "math.h"
 
 namespace genperf {
@@ -13,49 +13,14 @@ namespace {
 
 enum class Divergence { kNone, kStandard, kPrior };
 
-struct Plan {
-  int64_t samples, per_sample;  // without sums or keys per sample, all elements are one sample
-  int64_t samples_per_chunk, chunks_per_sample, chunks;
-
-  Plan(const View& shape, bool by_sample) {
-    int64_t n = shape.numel();
-    samples = by_sample ? shape.shape[0] : 1;
-    per_sample = samples == 0 ? 0 : n / samples;
-    samples_per_chunk = per_sample == 0 ? samples : per_sample >= kChunk ? 1 : kChunk / per_sample;
-    chunks_per_sample = (per_sample + kChunk - 1) / kChunk;
-    chunks = n == 0                  ? 0
-             : samples_per_chunk > 1 ? (samples + samples_per_chunk - 1) / samples_per_chunk
-                                     : samples * chunks_per_sample;
-  }
-
-  // Chunk c: elements [start, start + n) of samples [sample, sample + count).
-  struct Range {
-    int64_t start, sample, count;
-    int n;
-  };
-
-  Range range(int64_t c) const {
-    if (samples_per_chunk > 1) {
-      int64_t sample = c * samples_per_chunk;
-      int64_t count = sample + samples_per_chunk <= samples ? samples_per_chunk : samples - sample;
-      return {sample * per_sample, sample, count, static_cast<int>(count * per_sample)};
-    }
-    int64_t sample = c / chunks_per_sample, first = (c % chunks_per_sample) * kChunk;
-    int64_t n = per_sample - first < kChunk ? per_sample - first : kChunk;
-    return {sample * per_sample + first, sample, 1, static_cast<int>(n)};
-  }
-
-  bool parallel() const { return chunks * kChunk >= 16384; }
-};
-
 GaussianParameters parameters_of(const GaussianArgs& a) {
   float factor = a.transform == Transform::kLogVariance ? 0.5f : 1.0f;
   return {factor, a.low, a.high, a.offset, a.temperature, a.temperature == 1.0f ? 0.0f : log(a.temperature)};
 }
 
 // The noise of a chunk: the caller's, or generated; null where none is needed.
-const float* noise_chunk(const GaussianArgs& a, const View& noise, const Plan& plan, const Plan::Range& r,
-                         PhiloxBuffer& buffer) {
+const float* noise_chunk(const GaussianArgs& a, const View& noise, const SampleChunks& plan,
+                         const SampleChunks::Range& r, PhiloxBuffer& buffer) {
   if (noise) return read_chunk(noise, r.start, r.n, reinterpret_cast<Buffer&>(buffer));
   if (!a.key) return nullptr;
   if (a.key.ndim == 1) return philox_chunk<Distribution::kNormal>(philox_key(a.key, 0), r.start, r.n, buffer);
@@ -119,45 +84,10 @@ ForwardLoop forward_loop_for(const GaussianArgs& a, const GaussianParameters& p)
   }
 }
 
-// Where the values of a sum go: one double a (sample, chunk of the sample).
-class Sums {
- public:
-  Sums(const View& output, const Plan& plan, bool wanted)
-      : output_(output), plan_(plan), partial_(wanted ? new double[plan.samples * columns()]() : nullptr) {}
-  ~Sums() { delete[] partial_; }
-  Sums(const Sums&) = delete;
-  Sums& operator=(const Sums&) = delete;
-
-  void add(const Plan::Range& r, const float* values) {
-    if (!partial_) return;
-    int n = static_cast<int>(r.n / r.count);
-    int64_t column = plan_.samples_per_chunk > 1 ? 0 : (r.start - r.sample * plan_.per_sample) / kChunk;
-    for (int64_t s = 0; s < r.count; ++s)
-      partial_[(r.sample + s) * columns() + column] = sum_chunk(values + s * n, n);
-  }
-
-  void write() const {
-    if (!partial_) return;
-    for (int64_t s = 0; s < plan_.samples; ++s) {
-      double sum = 0.0;
-      for (int64_t c = 0; c < columns(); ++c) sum += partial_[s * columns() + c];
-      if (sum > kFloatMax) sum = kFloatMax;
-      static_cast<float*>(output_.data)[s * output_.stride[0]] = static_cast<float>(sum);
-    }
-  }
-
- private:
-  int64_t columns() const { return plan_.samples_per_chunk > 1 ? 1 : plan_.chunks_per_sample; }
-
-  const View& output_;
-  const Plan& plan_;
-  double* partial_;
-};
-
 }  // namespace
 
 void gaussian_sample_forward(const GaussianArgs& a) {
-  const Plan plan(a.mean, a.reduce || a.key.ndim == 2);
+  const SampleChunks plan(a.mean, a.reduce || a.key.ndim == 2);
   const GaussianParameters p = parameters_of(a);
   const ForwardLoop loop = forward_loop_for(a, p);
   const View mean = collapse(a.mean), scale = collapse(a.scale), noise = a.noise ? collapse(a.noise) : View{};
@@ -166,14 +96,14 @@ void gaussian_sample_forward(const GaussianArgs& a) {
   const View z = a.z ? collapse(a.z) : View{};
   const View kl = a.kl && !a.reduce ? collapse(a.kl) : View{};
   const View log_prob = a.log_prob && !a.reduce ? collapse(a.log_prob) : View{};
-  Sums kl_sums(a.kl, plan, a.reduce && a.kl);
-  Sums log_prob_sums(a.log_prob, plan, a.reduce && a.log_prob);
+  SampleSums kl_sums(a.kl, plan, a.reduce && a.kl, kFloatMax);
+  SampleSums log_prob_sums(a.log_prob, plan, a.reduce && a.log_prob, kFloatMax);
 
 #pragma omp parallel for schedule(static) if (plan.parallel())
   for (int64_t i = 0; i < plan.chunks; ++i) {
     alignas(64) Buffer b_mean, b_scale, b_prior_mean, b_prior_scale, b_z, b_kl, b_log_prob;
     alignas(64) PhiloxBuffer b_noise;
-    const Plan::Range r = plan.range(i);
+    const SampleChunks::Range r = plan.range(i);
     ForwardChunk c;
     c.mean = read_chunk(mean, r.start, r.n, b_mean);
     c.scale = read_chunk(scale, r.start, r.n, b_scale);
@@ -261,7 +191,7 @@ BackwardLoop backward_loop_for(const GaussianArgs& a, const GaussianParameters& 
 
 // The gradient of a sum, repeated for each element of its sample.
 const float* read_gradient(const GaussianArgs& a, const View& gradient, const View& collapsed,
-                           const Plan::Range& r, Buffer& buffer) {
+                           const SampleChunks::Range& r, Buffer& buffer) {
   if (!gradient) return nullptr;
   if (!a.reduce) return read_chunk(collapsed, r.start, r.n, buffer);
   int n = static_cast<int>(r.n / r.count);
@@ -276,7 +206,7 @@ const float* read_gradient(const GaussianArgs& a, const View& gradient, const Vi
 }  // namespace
 
 void gaussian_sample_backward(const GaussianArgs& a) {
-  const Plan plan(a.mean, a.reduce || a.key.ndim == 2);
+  const SampleChunks plan(a.mean, a.reduce || a.key.ndim == 2);
   const GaussianParameters p = parameters_of(a);
   const BackwardLoop loop = backward_loop_for(a, p);
   const bool prior = a.grad_kl && a.prior_mean;
@@ -296,7 +226,7 @@ void gaussian_sample_backward(const GaussianArgs& a) {
     alignas(64) Buffer b_mean, b_scale, b_prior_mean, b_prior_scale, b_grad_z, b_grad_kl, b_grad_log_prob;
     alignas(64) Buffer b_grad_mean, b_grad_scale, b_grad_prior_mean, b_grad_prior_scale;
     alignas(64) PhiloxBuffer b_noise;
-    const Plan::Range r = plan.range(i);
+    const SampleChunks::Range r = plan.range(i);
     BackwardChunk c;
     c.mean = read_chunk(mean, r.start, r.n, b_mean);
     c.scale = read_chunk(scale, r.start, r.n, b_scale);

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from genperf import _backend
 from genperf._op import Operator
 from genperf.ops._affine_coupling_checks import (
     check_channels,
@@ -35,6 +36,8 @@ from genperf.ops._affine_coupling_reference import (
 
 __all__ = ["AffineCoupling", "AffineCouplingReverse", "affine_coupling", "affine_coupling_reverse"]
 
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_CENTRED = Settings._fields.index("centred")
 _compiling = torch.compiler.is_dynamo_compiling
 
 
@@ -71,18 +74,80 @@ def _gradients(grad_y, grad_logdet, v, h, h_scale, mask, *rest):
     return torch.empty_like(v), *_gradients_of_h(h, h_scale), torch.empty_like(v) if want_x else None
 
 
+def _refuses(x: Tensor, h: Tensor, h_scale: Any, mask: Any, *settings: Any) -> str | None:
+    for name, tensor in (("x", x), ("h", h)):
+        if tensor.dtype not in _NATIVE_DTYPES:
+            return f"{name} of {tensor.dtype} is left to the reference"
+    if settings[_CENTRED]:
+        return "volume_preserving is left to the reference"
+    return f"{x.dim()} dimensions, at most 8" if x.dim() > 8 else None
+
+
+def _refuses_backward(grad_y: Any, grad_logdet: Any, *args: Any) -> str | None:
+    return _refuses(*args)
+
+
+def _numbers(settings: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The settings that kernels take: all but ``centred``."""
+    return *settings[:_CENTRED], *settings[_CENTRED + 1 :]
+
+
+def _native_forward(x, y, h, h_scale, mask, settings):
+    logdet = _logdet(x)
+    mask = None if mask is None else mask.float()
+    _backend.native.cpu.affine_coupling_forward(  # type: ignore[union-attr]
+        x, h, h_scale, mask, y, logdet, *_numbers(settings)
+    )
+    return logdet
+
+
+def _native_backward(grad_y, grad_logdet, v, h, h_scale, mask, grad_x, x, settings, from_output):
+    grads = _gradients_of_h(h, h_scale)
+    mask = None if mask is None else mask.float()
+    _backend.native.cpu.affine_coupling_backward(  # type: ignore[union-attr]
+        grad_y, grad_logdet, v, h, h_scale, mask, grad_x, *grads, x, *_numbers(settings), from_output
+    )
+    return grads
+
+
+def _cpu(x, h, h_scale, mask, *settings):
+    y = torch.empty_like(x)
+    return y, _native_forward(x, y, h, h_scale, mask, settings)
+
+
+def _cpu_in_place(x, h, h_scale, mask, *settings):
+    logdet = _native_forward(x, x, h, h_scale, mask, settings)
+    torch.autograd.graph.increment_version(x)
+    return logdet
+
+
+def _cpu_backward(grad_y, grad_logdet, v, h, h_scale, mask, *rest):
+    *settings, from_output, want_x = rest
+    grad_x, x = torch.empty_like(v), torch.empty_like(v) if want_x else None
+    args = (grad_y, grad_logdet, v, h, h_scale, mask, grad_x, x, settings, from_output)
+    return grad_x, *_native_backward(*args), x
+
+
+def _cpu_reverse_in_place(grad_y, grad_logdet, y, h, h_scale, mask, *settings):
+    grads = _native_backward(grad_y, grad_logdet, y, h, h_scale, mask, grad_y, y, settings, True)
+    torch.autograd.graph.increment_version((grad_y, y))
+    return grads
+
+
 _forward_op = Operator(
     "affine_coupling",
     f"(Tensor x, Tensor h, Tensor? h_scale, Tensor? mask, {SCHEMA}) -> (Tensor y, Tensor logdet)",
     reference,
     _outputs,
 )
+_forward_op.implement("cpu", _cpu, _refuses)
 _in_place_op = Operator(
     "affine_coupling_in_place",
     f"(Tensor(a!) x, Tensor h, Tensor? h_scale, Tensor? mask, {SCHEMA}) -> Tensor logdet",
     reference_in_place,
     _logdet,
 )
+_in_place_op.implement("cpu", _cpu_in_place, _refuses)
 _backward_op = Operator(
     "affine_coupling_backward",
     "(Tensor grad_y, Tensor grad_logdet, Tensor v, Tensor h, Tensor? h_scale, Tensor? mask,"
@@ -91,6 +156,7 @@ _backward_op = Operator(
     reference_backward,
     _gradients,
 )
+_backward_op.implement("cpu", _cpu_backward, _refuses_backward)
 _reverse_in_place_op = Operator(
     "affine_coupling_reverse_in_place",
     "(Tensor(a!) grad_y, Tensor grad_logdet, Tensor(b!) y, Tensor h, Tensor? h_scale, Tensor? mask,"
@@ -98,6 +164,7 @@ _reverse_in_place_op = Operator(
     reference_reverse_in_place,
     lambda grad_y, grad_logdet, y, h, h_scale, *_: _gradients_of_h(h, h_scale),
 )
+_reverse_in_place_op.implement("cpu", _cpu_reverse_in_place, _refuses_backward)
 
 
 class _AffineCoupling(torch.autograd.Function):

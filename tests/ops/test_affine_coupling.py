@@ -22,7 +22,7 @@ OPTIONS = {
     "softplus": {"clamp": 1.2},
     "additive": {},
 }
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "cpu")
 
 
 def _case(name, with_h_scale=False, with_mask=False, additive=False, **options):

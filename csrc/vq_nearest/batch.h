@@ -65,32 +65,18 @@ class Batch {
 
   void close(Ranking& ranking) {
     for (int r = 0; r < n_; ++r) {
-      ranking.start(first_ + r, raw_.get() + r * pitch_);
-      switch (kind_[r]) {
-        case Kind::kSearched:
-          for (int i = 0; i < count_[r]; ++i) {
-            const Hit hit = hits_[r * most_hits_ + i];
-            if (hit.score >= threshold_[r]) add_group(ranking, hit.group);
-          }
-          ranking.finish();
-          break;
-        case Kind::kAll:
-          ranking.add_all();
-          ranking.finish();
-          break;
-        case Kind::kZero:
-          ranking.finish_zero();
-          break;
-        case Kind::kNotFinite:
-          ranking.finish_not_finite();
-      }
+      ranking.rank(first_ + r, raw_.get() + r * pitch_, kind_[r], [&] {
+        for (int i = 0; i < count_[r]; ++i) {
+          const Hit hit = hits_[r * most_hits_ + i];
+          if (hit.score >= threshold_[r]) add_group(ranking, hit.group);
+        }
+      });
     }
   }
 
  private:
   friend struct BatchProbe;
   static constexpr int64_t kMaximaPitch = kHeld * kNative + 16;  // not a power of two, for the cache's sake
-  enum class Kind : uint8_t { kSearched, kAll, kZero, kNotFinite };
   struct Hit {
     float score;  // the largest of the group
     int32_t group;

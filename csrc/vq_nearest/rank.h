@@ -7,15 +7,32 @@ namespace genperf {
 namespace GENPERF_ISA {
 namespace vq {
 
-// The k nearest codewords of one vector after another: start(), add() each candidate once, finish().
+// How the codewords of a vector are ordered: by its candidates, or all are, or all are as near, or none is.
+enum class Kind : uint8_t { kSearched, kAll, kZero, kNotFinite };
+
+// The k nearest codewords of one vector after another.
 class Ranking {
  public:
   Ranking(const VqSearch& a, Codebook& book)
       : a_(a), book_(book), x_(a.dim), mine_(a.dim), theirs_(a.dim), best_(a.k) {}
 
-  void start(int64_t row, const float* x) {
+  // `candidates` adds each candidate of vector x, which is row `row`, once.
+  template <class Function>
+  GENPERF_HD void rank(int64_t row, const float* x, Kind kind, Function candidates) {
     row_ = row, n_ = 0;
     std::memcpy(x_.get(), x, a_.dim * sizeof(float));
+    switch (kind) {
+      case Kind::kSearched:
+        candidates();
+        return finish();
+      case Kind::kAll:
+        add_all();
+        return finish();
+      case Kind::kZero:
+        return finish_zero();
+      case Kind::kNotFinite:
+        finish_not_finite();
+    }
   }
 
   GENPERF_HD void add(int64_t index) {
@@ -42,6 +59,7 @@ class Ranking {
     }
   }
 
+ private:
   void add_all() {
     book_.find_usable();
     for (int64_t i = 0; i < a_.codewords; ++i)
@@ -66,7 +84,6 @@ class Ranking {
     for (int64_t i = 0; i < a_.k; ++i) write(i, i, kNaN);
   }
 
- private:
   // What orders the codewords, within `error` of the truth.
   struct Measured {
     int32_t index;

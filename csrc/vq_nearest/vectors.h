@@ -91,6 +91,38 @@ GENPERF_HD float sum_of(Vf v) {
 #endif
 }
 
+typedef float Four __attribute__((vector_size(16)));
+
+// Of each of four.
+GENPERF_HD Four sums_of(const Vf (&v)[4]) {
+#if defined(__AVX2__)
+  __m256 eight[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    eight[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[i].part[0]),
+                             _mm512_extractf32x8_ps((__m512)v[i].part[0], 1));
+#else
+    eight[i] = (__m256)(v[i].part[0] + v[i].part[1]);
+#endif
+  }
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(eight[0], eight[1]), _mm256_hadd_ps(eight[2], eight[3]));
+  return (Four)_mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+#else
+  return Four{sum_of(v[0]), sum_of(v[1]), sum_of(v[2]), sum_of(v[3])};
+#endif
+}
+
+// Whether a > b in all four lanes.
+GENPERF_HD bool all_greater(Four a, Four b) {
+#if defined(__x86_64__)
+  return _mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b)) == 15;
+#else
+  const auto greater = a > b;
+  return (greater[0] & greater[1] & greater[2] & greater[3]) != 0;
+#endif
+}
+
 using Vd = Block<double>;  // eight
 
 GENPERF_HD Vd load_doubles(const float* p) {

@@ -39,7 +39,7 @@ struct BatchProbe {
     batch.open(Rows(a.x), 0);
   }
 
-  bool searched(int r) const { return batch.kind_[r] == Batch::Kind::kSearched; }
+  bool searched(int r) const { return batch.kind_[r] == Kind::kSearched; }
 
   // How far the computed score of vector r is from the middle of what its bound allows, and this bound.
   double middle(int r, int64_t codeword) const { return book.by_word ? own_bound(r, codeword) : 0.0; }
@@ -100,14 +100,27 @@ struct FewProbe {
     for (int r = 0; r < a.n; ++r) few.prepare(r);
   }
 
-  bool searched(int r) const { return few.kind_[r] == Few::Kind::kSearched; }
+  bool searched(int r) const { return few.kind_[r] == Kind::kSearched; }
 
+  // As four pairs, two, or one of a vector with a codeword, in turn.
+  Few::Bounds bounds(const VqSearch& a, int r, int64_t codeword) {
+    return a.metric == Metric::kL2 ? bounds<true>(r, codeword) : bounds<false>(r, codeword);
+  }
+
+ private:
+  template <bool kL2>
   Few::Bounds bounds(int r, int64_t codeword) {
-    few.count_[r] = 0, few.best_.fill(kInfinity);
-    const float* c = book.rows.row(codeword, few.buffer_.get());
-    float tail[kLanes] = {};
-    std::memcpy(tail, c + book.dim / kLanes * kLanes, book.dim % kLanes * sizeof(float));
-    few.compare<1>(r, codeword, c, tail);
+    for (int j = 0; j < Few::kMost; ++j) few.count_[j] = 0, few.limit_[j] = kInfinity;
+    few.best_.fill(kInfinity);
+    const float* word[4];
+    few.read(codeword, 1, word);
+    const Four square = few.squares(word);
+    if (codeword % 3 == 0)
+      few.compare<kL2, 4, 1>(std::min(r, Few::kMost - 4), codeword, word, square);
+    else if (codeword % 3 == 1)
+      few.compare<kL2, 2, 2>(std::min(r, Few::kMost - 2), codeword, word, square);
+    else
+      few.compare<kL2, 1, 4>(r, codeword, word, square);
     return {few.hits_[r * few.most_hits()].lower, few.threshold(r)};
   }
 };
@@ -215,7 +228,7 @@ int main() {
           for (int r = 0; r < Few::kMost; ++r) {
             if (!few.searched(r)) continue;
             const long double exact = exact_value(metric, &x[r * dim], &c[k * dim], dim);
-            const auto [lower, upper] = few.bounds(r, k);
+            const auto [lower, upper] = few.bounds(a, r, k);
             const long double middle = (static_cast<long double>(lower) + upper) / 2;
             const double off = static_cast<double>(fabsl(exact - middle) / (upper - middle));
             worst_of_few = std::max(worst_of_few, off);

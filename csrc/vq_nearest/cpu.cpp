@@ -3,6 +3,7 @@
 #endif
 
 #include "../common/isa.h"
+#include "../common/subview.h"
 #include "exact.h"
 #include "plan.h"
 
@@ -64,16 +65,6 @@ int compare_cosine(const float* x, const float* a, const float* b, int64_t dim) 
   return -sign_a * Product<2 * kN, kN>(square_a, bb).compare(Product<2 * kN, kN>(square_b, aa));
 }
 
-// Dimension 0 taken at `index`.
-View at_head(const View& v, int64_t index) {
-  constexpr int kBytes[] = {4, 2, 2, 8, 8};
-  View one = v;
-  one.data = static_cast<char*>(v.data) + index * v.stride[0] * kBytes[static_cast<int>(v.dtype)];
-  one.ndim = v.ndim - 1;
-  for (int d = 0; d < one.ndim; ++d) one.shape[d] = v.shape[d + 1], one.stride[d] = v.stride[d + 1];
-  return one;
-}
-
 }  // namespace
 
 int compare_exactly(Metric metric, const float* x, const float* a, const float* b, int64_t dim) {
@@ -91,7 +82,7 @@ int compare_exactly(Metric metric, const float* x, const float* a, const float* 
 void vq_nearest_cpu(const VqNearestArgs& a) {
   for (int64_t h = 0; h < a.x.shape[0]; ++h) {
     VqSearch s{};
-    s.x = at_head(a.x, h), s.codebook = at_head(a.codebook, h);
+    s.x = select_first(a.x, h), s.codebook = select_first(a.codebook, h);
     s.dim = s.codebook.shape[1], s.codewords = s.codebook.shape[0];
     s.n = s.x.numel() / s.dim, s.k = a.indices.shape[a.indices.ndim - 1];
     s.indices = static_cast<int64_t*>(a.indices.data) + h * s.n * s.k;

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genperf import _backend
-from genperf._op import Operator
+from genperf._op import Operator, direct_device
 from genperf.ops.philox_random import FLOATS
 
 __all__ = ["VqNearest", "vq_nearest"]
@@ -24,6 +24,7 @@ METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 LARGEST_K = 64
 _L2, _, _DOT = METRICS.values()
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_compiling = torch.compiler.is_dynamo_compiling
 _CHUNK = 1 << 22  # elements of a chunk's score matrix in the reference
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -164,6 +165,15 @@ def _cpu(
     return indices, distances
 
 
+def _direct(x: Tensor, codebook: Tensor, metric: int) -> Any:
+    """The indices [*] for x [*, D] and a codebook [K, D]; most of the time of a small call is views."""
+    if x.dtype not in NATIVE_DTYPES or x.dim() > 7 or len(codebook) >= 2**31:
+        return NotImplemented
+    indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
+    _backend.native.cpu.vq_nearest(x, codebook, indices, None, metric)  # type: ignore[union-attr]
+    return indices
+
+
 def _refuses(x: Tensor, codebook: Tensor, *_: Any) -> str | None:
     if x.dtype not in NATIVE_DTYPES:
         return f"{x.dtype} is left to the reference"
@@ -189,7 +199,7 @@ _op = Operator(
     _reference,
     _outputs,
 )
-_op.implement("cpu", _cpu, _refuses)
+_op.implement("cpu", _cpu, _refuses, direct=_direct)
 _op.implement("triton", _triton, _refuses_triton)
 
 
@@ -247,6 +257,14 @@ def vq_nearest(
         RuntimeError: if a backend was forced that cannot run.
     """
     _check(x, codebook, metric, dim, k, return_distance)
+    if (
+        k is None and not return_distance and codebook.dim() == 2 and dim in (-1, x.dim() - 1)
+        and not _compiling() and direct_device(x, codebook) == "cpu"
+        and (direct := _op.direct("cpu")) is not None
+    ):  # fmt: skip
+        indices = direct(x, codebook, METRICS[metric])
+        if indices is not NotImplemented:
+            return VqNearest(indices, None)
     x, codebook = x.detach().movedim(dim, -1), codebook.detach()
     heads = codebook.dim() == 3
     if not heads:

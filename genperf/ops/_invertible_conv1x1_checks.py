@@ -126,9 +126,10 @@ def _check_lengths(op: str, name: str, lengths: Any, x: Tensor) -> None:
             raise ValueError(f"{op}: lengths has values from {low} to {high}, expected 0 to {x.shape[2]}")
 
 
-def check_slogdet(op: str, slogdet: Any, x: Tensor) -> None:
+def check_slogdet(op: str, slogdet: Any, x: Tensor, inverse: bool) -> None:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for name, shape in (("logabsdet", ()), ("inverse", (x.shape[1],) * 2)):
+    expected = {"logabsdet": (), "inverse": (x.shape[1],) * 2} if inverse else {"logabsdet": ()}
+    for name, shape in expected.items():
         tensor = getattr(slogdet, name, None)
         _check_tensor(op, f"slogdet.{name}", tensor, x, dtype)
         if tensor.shape != shape:  # type: ignore[union-attr]

@@ -115,11 +115,14 @@ def reference(x, matrix, logabsdet, shift, scale, lengths, log, inverse):
             y = y if s is None else y / _spread(s)
             y = y if shift is None else y - _spread(shift)
         y = _live(y, lengths, matrix.dtype)
+    return _like(y, x), logdets(x, matrix, logabsdet, scale, lengths, log, inverse)
+
+
+def logdets(x, matrix, logabsdet, scale, lengths, log, inverse):
     total = logabsdet
     if scale is not None:
         total = total + (scale if log else scale.abs().log()).sum()
-    logdet = _positions(x, lengths, matrix.dtype) * (-total if inverse else total)
-    return _like(y, x), logdet
+    return _positions(x, lengths, matrix.dtype) * (-total if inverse else total)
 
 
 def reference_backward(
@@ -136,7 +139,7 @@ def reference_backward(
     grad_x = grads[0]
     if want_x:
         grad_x = torch.zeros_like(x) if grad_x is None else _like(grad_x, x)
-    return grad_x, *_with_logdet(
+    return grad_x, *through_logdet(
         grads[1:],
         grad_logdet,
         x,
@@ -165,7 +168,7 @@ def reference_reverse(y, grad_y, grad_logdet, matrix, inverse_matrix, shift, sca
         x = _live(x, lengths, matrix.dtype)
         folded = _folded(matrix, s, inverse)
         grads = _gradients(grad_y, z, folded, matrix, shift, scale, lengths, log, inverse, True)
-    return _like(x, y), _like(grads[0], y), *_with_logdet(
+    return _like(x, y), _like(grads[0], y), *through_logdet(
         grads[1:], grad_logdet, y, matrix, shift, scale, lengths, log, inverse, True, True, True
     )  # fmt: skip
 
@@ -182,21 +185,27 @@ def _gradients(grad_y, z, folded, matrix, shift, scale, lengths, log, inverse, w
     grad = _live(grad_y, lengths, matrix.dtype)
     grad_x = _product("oc,bon->bcn", folded, grad) if want_x else None
     outer, sums = _product("bon,bcn->oc", grad, z), grad.sum((0, 2))
-    grad_shift = None if shift is None else -sums if inverse else folded.mT @ sums
-    if scale is None:
-        return grad_x, outer, grad_shift, None
+    return grad_x, *parameter_gradients(outer, sums, matrix, shift, scale, log, inverse)
+
+
+def parameter_gradients(outer, sums, matrix, shift, scale, log, inverse):
+    """Of matrix, shift and scale, from the sums over positions of gradient times input and of gradient."""
     s = _linear(scale, log)
-    assert s is not None
+    grad_shift = None
+    if shift is not None:
+        grad_shift = -sums if inverse else (_folded(matrix, s, inverse) * _spread(sums)).sum(0)
+    if s is None:
+        return outer, grad_shift, None
     if inverse:
         grad_matrix = outer / _spread(s)
         grad_s = -(matrix * grad_matrix).sum(1) / s
     else:
         grad_matrix = outer * s
         grad_s = (matrix * outer).sum(0)
-    return grad_x, grad_matrix, grad_shift, grad_s * s if log else grad_s
+    return grad_matrix, grad_shift, grad_s * s if log else grad_s
 
 
-def _with_logdet(
+def through_logdet(
     grads, grad_logdet, x, matrix, shift, scale, lengths, log, inverse, want_matrix, want_shift, want_scale
 ):
     """Gradients of matrix, logabsdet, shift and scale, with what comes through the log-determinant."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from genperf import _backend
 from genperf.ops._invertible_conv1x1_checks import Checked, check, check_slogdet
 from genperf.ops._invertible_conv1x1_ops import backward_op, forward_op, reverse_op
 from genperf.ops._invertible_conv1x1_reference import PLU, assemble, reference_backward
@@ -88,13 +89,28 @@ def _differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _of_dense(x, weight, shift, scale, lengths, log, inverse):
-    """Output, log-determinant, and the inverse of the weight."""
-    channels = len(weight)
-    _, logabsdet, undo, _, _ = _slogdet_op(weight.reshape(-1), [channels])
-    undo = undo.view(channels, channels)
-    matrix = undo if inverse else weight
-    return *forward_op(x, matrix, logabsdet, shift, scale, lengths, log, inverse), undo
+def _elimination_runs() -> bool:
+    """Not where a backend is asked for that has none; the elimination is left to the reference then."""
+    forced = _backend.forced()
+    return forced is None or forced in _slogdet_op.backends
+
+
+def _inverse_of(matrix: Tensor) -> Tensor:
+    if _elimination_runs():
+        return slogdet_inverse(matrix).inverse
+    with _backend.backend("reference"):
+        return slogdet_inverse(matrix).inverse
+
+
+def _of_dense(x, weight, shift, scale, lengths, log, inverse, want_transpose):
+    """Output, log-determinant, and the transposed inverse of the weight if it is wanted."""
+    eliminate = _slogdet_op if _elimination_runs() else _slogdet_op.reference
+    _, logabsdet, undo, transpose, _ = eliminate(
+        weight.reshape(-1), [len(weight)], inverse, inverse or want_transpose
+    )
+    matrix = undo.view(weight.shape) if inverse else weight
+    transpose = transpose.view(weight.shape) if want_transpose else None
+    return *forward_op(x, matrix, logabsdet, shift, scale, lengths, log, inverse), transpose
 
 
 class _OfDense(torch.autograd.Function):
@@ -102,8 +118,8 @@ class _OfDense(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, shift, scale, lengths, log, inverse):
-        y, logdet, undo = _of_dense(x, weight, shift, scale, lengths, log, inverse)
-        ctx.save_for_backward(x, weight, shift, scale, lengths, undo)
+        y, logdet, transpose = _of_dense(x, weight, shift, scale, lengths, log, inverse, True)
+        ctx.save_for_backward(x, weight, shift, scale, lengths, transpose)
         ctx.settings = log, inverse
         ctx.set_materialize_grads(False)
         return y, logdet
@@ -112,20 +128,20 @@ class _OfDense(torch.autograd.Function):
     def backward(ctx, grad_y, grad_logdet):
         if grad_y is None and grad_logdet is None:
             return (None,) * 7
-        x, weight, shift, scale, lengths, undo = ctx.saved_tensors
+        x, weight, shift, scale, lengths, transpose = ctx.saved_tensors
         log, inverse = ctx.settings
         want_x, want_weight, want_shift, want_scale, *_ = ctx.needs_input_grad
         run: Any = backward_op
         if torch.is_grad_enabled():
-            run, undo = reference_backward, slogdet_inverse(weight).inverse
+            run, transpose = reference_backward, _inverse_of(weight).mT
         of_x, of_weight, of_logabsdet, of_shift, of_scale = run(
-            grad_y, grad_logdet, x, undo if inverse else weight, shift, scale, lengths, log, inverse,
+            grad_y, grad_logdet, x, transpose.mT if inverse else weight, shift, scale, lengths, log, inverse,
             want_x, want_weight, want_shift, want_scale,
         )  # fmt: skip
         if want_weight:
-            of_weight = _through_inverse(of_weight, undo) if inverse else of_weight
+            of_weight = _through_inverse(of_weight, transpose) if inverse else of_weight
             if grad_logdet is not None:
-                of_weight = torch.addcmul(of_weight, undo.mT, of_logabsdet)
+                of_weight = torch.addcmul(of_weight, transpose, of_logabsdet)
         return (
             of_x if want_x else None,
             of_weight if want_weight else None,
@@ -137,9 +153,10 @@ class _OfDense(torch.autograd.Function):
         )
 
 
-def _through_inverse(grad: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient by a matrix from that by its inverse, in float64: the inverse comes in twice."""
-    factor = inverse.mT.double()
+def _through_inverse(grad: Tensor, transpose: Tensor) -> Tensor:
+    """The gradient by a matrix from that by its inverse, in float64: the inverse, here transposed, is in it
+    twice."""
+    factor = transpose.double()
     return -(factor @ grad.double() @ factor).to(grad.dtype)
 
 
@@ -187,7 +204,7 @@ def invertible_conv1x1(
         shift: [C] or [1, C, 1, ...], dtype of ``weight``; None for 0.
         scale: the same, of any sign; None for 1.
         log_scale: its logarithm instead.
-        slogdet: ``logabsdet`` [] and ``inverse`` [C, C] of ``weight`` from
+        slogdet: ``logabsdet`` [] and, for ``inverse``, ``inverse`` [C, C] of ``weight`` from
             :func:`genperf.ops.slogdet_inverse`, differentiable; None computes them.
         inverse: whether to apply the inverse map.
         lengths: [B], int64, of sequences: positions from ``lengths[b]`` on are not read, are 0 in the output,
@@ -210,7 +227,7 @@ def invertible_conv1x1(
         if _differentiable(a.x, a.weight, a.shift, a.scale):
             output, logdet = _OfDense.apply(a.x, a.weight, *settings)
         else:
-            output, logdet = _of_dense(a.x, a.weight, *settings)[:2]
+            output, logdet = _of_dense(a.x, a.weight, *settings, False)[:2]
     else:
         mixing = _mixing(a, slogdet, inverse)
         run: Any = _InvertibleConv1x1.apply if _differentiable(a.x, *mixing, a.shift, a.scale) else forward_op
@@ -221,13 +238,13 @@ def invertible_conv1x1(
 def _mixing(a: Checked, slogdet: Any, inverse: bool) -> tuple[Tensor, Tensor]:
     """The matrix to multiply with, and log|det| of the weight."""
     if slogdet is not None:
-        check_slogdet("invertible_conv1x1", slogdet, a.x)
+        check_slogdet("invertible_conv1x1", slogdet, a.x, inverse)
     if isinstance(a.weight, PLU):
         logabsdet = a.weight.log_s.sum()
         if inverse and slogdet is not None:
             return slogdet.inverse, logabsdet
         matrix = assemble(a.weight)
-        return slogdet_inverse(matrix).inverse if inverse else matrix, logabsdet
+        return _inverse_of(matrix) if inverse else matrix, logabsdet
     return slogdet.inverse if inverse else a.weight, slogdet.logabsdet
 
 
@@ -289,16 +306,16 @@ def invertible_conv1x1_reverse(
         raise ValueError(f"{op}: grad_logdet is {shape}, expected shape ({len(y)},)")
     with torch.no_grad():
         if slogdet is not None:
-            check_slogdet(op, slogdet, a.x)
+            check_slogdet(op, slogdet, a.x, True)
         dense = assemble(a.weight) if isinstance(a.weight, PLU) else a.weight
-        undo = (slogdet_inverse(dense) if slogdet is None else slogdet).inverse
+        undo = _inverse_of(dense) if slogdet is None else slogdet.inverse
         grad = grad_y if a.x is y else grad_y.movedim(channel_dim, 1)
         pair = (undo, dense) if inverse else (dense, undo)
         x, grad_x, of_matrix, of_logabsdet, of_shift, of_scale = reverse_op(
             a.x, grad, grad_logdet, *pair, a.shift, a.scale, a.lengths, a.log, bool(inverse)
         )
         if inverse:
-            of_matrix = _through_inverse(of_matrix, undo)
+            of_matrix = _through_inverse(of_matrix, undo.mT)
         if isinstance(a.weight, PLU):
             of_weight: Any = _through_plu(a.weight, of_matrix, of_logabsdet)
         else:

@@ -18,6 +18,7 @@ def _load(name, file):
 _models = _load("accelerate_models", "models.py")
 _loops = _load("accelerate_pixel_loops", "pixel_loops.py")
 _quantizers = _load("accelerate_quantizers", "quantizers.py")
+_flows = _load("accelerate_flows", "flows.py")
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,12 @@ def loops():
 def quantizers():
     """tests/accelerate/quantizers.py, importable by name."""
     return _quantizers
+
+
+@pytest.fixture(scope="session")
+def flows():
+    """tests/accelerate/flows.py, importable by name."""
+    return _flows
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from torch import Tensor
 from ._math import rounded
 from ._tile import LAUNCH, Example, collapsed, offset_of, on_device_of
 from ._vq_exact import L2, compare, measure
+from .vector_quantize import divisor_of
 from .vq_nearest import vq_nearest
 
 FEW = 512  # vectors for which a program each is faster than to prepare the codebooks
@@ -155,13 +156,13 @@ def _turned_back(b_h, b_r, b_q):
     """Of b_h [BLOCK_N, BLOCK_D] the gradient by r of (|q| / |r|) R r, where the rotation R turns r to q."""
     r_length = tl.sqrt_rn(tl.sum(b_r * b_r, axis=1))
     q_length = tl.sqrt_rn(tl.sum(b_q * b_q, axis=1))
-    r_unit = tl.where(r_length == 0.0, 1.0, r_length)
+    r_unit = divisor_of(r_length)
     b_u = tl.div_rn(b_r, tl.broadcast_to(r_unit[:, None], b_r.shape))
-    q_unit = tl.where(q_length == 0.0, 1.0, q_length)
+    q_unit = divisor_of(q_length)
     b_v = tl.div_rn(b_q, tl.broadcast_to(q_unit[:, None], b_q.shape))
     b_w = b_u + b_v
-    square = tl.sum(b_w * b_w, axis=1)
-    along = tl.where(square == 0.0, 0.0, 2.0 * tl.div_rn(tl.sum(b_w * b_h, axis=1), square))
+    w_unit = divisor_of(tl.sqrt_rn(tl.sum(b_w * b_w, axis=1)))
+    along = tl.div_rn(tl.div_rn(2.0 * tl.sum(b_w * b_h, axis=1), w_unit), w_unit)
     across = 2.0 * tl.sum(b_v * b_h, axis=1)
     return (b_h - b_w * along[:, None] + b_u * across[:, None]) * tl.div_rn(q_length, r_unit)[:, None]
 

@@ -48,6 +48,12 @@ def _gather_kernel(
 
 
 @triton.jit
+def divisor_of(length):
+    """A length that divides: at least 1e-6, as in vector-quantize-pytorch; NaN stays."""
+    return tl.where(length < 1e-6, 1e-6, length)
+
+
+@triton.jit
 def _of_vectors_kernel(
     p_grad, p_coefficient, p_x, p_codebook, p_indices, p_out, grad_sizes, grad_strides, s_g, sizes, strides,
     s_d, out_sizes, out_strides, s_out, s_head, s_k, s_cd, rows, N, D, of_group,
@@ -79,8 +85,8 @@ def _of_vectors_kernel(
             xx += tl.sum(b_x * b_x, axis=1)
             cc += tl.sum(b_c * b_c, axis=1)
         length_x, length_c = tl.sqrt(xx).to(tl.float32), tl.sqrt(cc).to(tl.float32)
-        divisor_x = tl.where(length_x == 0.0, 1.0, length_x)
-        divisor_c = tl.where(length_c == 0.0, 1.0, length_c)
+        divisor_x = divisor_of(length_x)
+        divisor_c = divisor_of(length_c)
         ss = tl.zeros([BLOCK_R], tl.float32)
         sg, vg = ss, ss
         for d in range(0, D, BLOCK_D):
@@ -94,7 +100,8 @@ def _of_vectors_kernel(
             ss += tl.sum(b_s * b_s, axis=1)
             sg += tl.sum(b_s * b_g, axis=1)
             vg += tl.sum(b_v * b_g, axis=1)
-        of_s = tl.where(ss == 0.0, 0.0, tl.div_rn(2.0 * sg, tl.where(ss == 0.0, 1.0, ss)))
+        divisor_s = divisor_of(tl.sqrt_rn(ss))
+        of_s = tl.div_rn(tl.div_rn(2.0 * sg, divisor_s), divisor_s)
         of_u, scale = 2.0 * vg, tl.div_rn(length_c, divisor_x)
     for d in range(0, D, BLOCK_D):
         i_d = d + tl.arange(0, BLOCK_D).to(tl.int64)

@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "../vector_quantize/row.h"
 #include "stages.h"
 
 namespace genperf {
@@ -38,7 +39,8 @@ class Gradient {
       }
       for (int64_t d = 0; d < pitch; d += kLanes)
         store(&here_[d], load(grad + d) - load(&total[d]) * a_.fraction);
-      if (a_.rotation) rotate_back(residual_.get() + k * pitch, word_.get() + k * pitch);
+      if (a_.rotation)
+        rotated_row(here_.get(), residual_.get() + k * pitch, word_.get() + k * pitch, pitch, here_.get());
       for (int64_t d = 0; d < pitch; d += kLanes)
         store(&total[d], load(&total[d]) + (load(difference + d) * coefficient + load(&here_[d])));
     }
@@ -49,7 +51,7 @@ class Gradient {
         for (int64_t k = 1; k < passed; ++k)
           for (int64_t d = 0; d < pitch; d += kLanes)
             store(sum + d, load(sum + d) + load(sum + k * pitch + d));
-        rotate_back(x, sum);
+        rotated_row(here_.get(), x, sum, pitch, here_.get());
       }
       for (int64_t d = 0; d < pitch; d += kLanes) store(&total[d], load(&total[d]) + load(&here_[d]));
     }
@@ -74,32 +76,6 @@ class Gradient {
       round_row(next, s_.dim, a_.x.dtype);
     }
     return passed;
-  }
-
-  // here_ as the gradient by r of (|q| / |r|) R r, constants but for r, where the rotation R turns r to q:
-  // with u and v of length 1 along r and q, and w = u + v,
-  //   (h - 2 w (w.h) / |w|^2 + 2 u (v.h)) |q| / |r|.
-  void rotate_back(const float* r, const float* q) {
-    const int64_t pitch = s_.pitch;
-    float* h = here_.get();
-    Vf rr = splat<Vf>(0.0f), qq = rr;
-    for (int64_t d = 0; d < pitch; d += kLanes) {
-      const Vf rd = load(r + d), qd = load(q + d);
-      rr = rr + rd * rd, qq = qq + qd * qd;
-    }
-    const float r_length = std::sqrt(sum_of(rr)), q_length = std::sqrt(sum_of(qq));
-    const float r_unit = r_length == 0.0f ? 1.0f : r_length, q_unit = q_length == 0.0f ? 1.0f : q_length;
-    Vf ww = splat<Vf>(0.0f), wh = ww, vh = ww;
-    for (int64_t d = 0; d < pitch; d += kLanes) {
-      const Vf v = load(q + d) / q_unit, w = load(r + d) / r_unit + v, hd = load(h + d);
-      ww = ww + w * w, wh = wh + w * hd, vh = vh + v * hd;
-    }
-    const float square = sum_of(ww), along = square == 0.0f ? 0.0f : 2.0f * (sum_of(wh) / square);
-    const float across = 2.0f * sum_of(vh), scale = q_length / r_unit;
-    for (int64_t d = 0; d < pitch; d += kLanes) {
-      const Vf u = load(r + d) / r_unit, w = u + load(q + d) / q_unit;
-      store(h + d, (load(h + d) - w * along + u * across) * scale);
-    }
   }
 
   const ResidualBackwardArgs& a_;

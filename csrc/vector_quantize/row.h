@@ -59,8 +59,14 @@ inline float length_of(const float* x, int64_t n, float square) {
   return static_cast<float>(std::sqrt(exact));
 }
 
+inline constexpr float kShortest = 1e-6f;
+
+// `length`, or kShortest; NaN stays.
+inline float divisor_of(float length) { return length < kShortest ? kShortest : length; }
+
 // g turned back by the rotation that takes x to c, times |c| / |x|: with u and v the units of x and c, and s
-// their sum, (g - 2 s (s.g) / |s|^2 + 2 u (v.g)) |c| / |x|. Of a zero vector the unit is 0 and the length 1.
+// their sum, (g - 2 s (s.g) / |s|^2 + 2 u (v.g)) |c| / |x|, where a length that divides is at least
+// kShortest, as in vector-quantize-pytorch. `to` may be g.
 inline void rotated_row(const float* g, const float* x, const float* c, int64_t n, float* to) {
   Vf xx = splat<Vf>(0.0f), cc = xx;
   for (int64_t d = 0; d < n; d += kLanes) {
@@ -69,7 +75,7 @@ inline void rotated_row(const float* g, const float* x, const float* c, int64_t 
     cc = cc + cs * cs;
   }
   const float length_x = length_of(x, n, total(xx)), length_c = length_of(c, n, total(cc));
-  const float divisor_x = length_x == 0.0f ? 1.0f : length_x, divisor_c = length_c == 0.0f ? 1.0f : length_c;
+  const float divisor_x = divisor_of(length_x), divisor_c = divisor_of(length_c);
   Vf ss = splat<Vf>(0.0f), sg = ss, vg = ss;
   for (int64_t d = 0; d < n; d += kLanes) {
     const Vf gs = load_some(g + d, n - d), v = load_some(c + d, n - d) / divisor_c;
@@ -78,8 +84,8 @@ inline void rotated_row(const float* g, const float* x, const float* c, int64_t 
     sg = sg + s * gs;
     vg = vg + v * gs;
   }
-  const float square = total(ss);
-  const float of_s = square == 0.0f ? 0.0f : 2.0f * total(sg) / square, of_u = 2.0f * total(vg);
+  const float divisor_s = divisor_of(std::sqrt(total(ss)));
+  const float of_s = 2.0f * total(sg) / divisor_s / divisor_s, of_u = 2.0f * total(vg);
   const float scale = length_c / divisor_x;
   for (int64_t d = 0; d < n; d += kLanes) {
     const Vf u = load_some(x + d, n - d) / divisor_x;

@@ -77,20 +77,26 @@ def counts(codebook: Tensor, indices: Tensor) -> Tensor:
     return result.scatter_add(0, rows, torch.ones_like(rows))[:-1].view(heads, n_codewords).contiguous()
 
 
+SHORTEST = 1e-6  # a length that something is divided by, as in vector-quantize-pytorch
+
+
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x over its length along the last dimension (0 for 0), and the length."""
+    """x over its length along the last dimension, and the length."""
     length = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(length == 0, 1.0, length), length
+    return x / length.clamp(min=SHORTEST), length
 
 
 def rotated_back(grad: Tensor, x: Tensor, q: Tensor) -> Tensor:
-    """The gradient by x of (|q| / |x|) R x, constants but for x, where the rotation R turns x to q."""
+    """The gradient by x of (|q| / |x|) R x, constants but for x, where the rotation R turns x to q.
+
+    A length that divides is at least ``SHORTEST``, so that the gradient of a shorter x stays bounded.
+    """
     x_unit, x_length = _unit(x)
     q_unit, q_length = _unit(q)
     middle, _ = _unit(x_unit + q_unit)
     turned = grad - 2 * middle * (middle * grad).sum(-1, keepdim=True)
     turned = turned + 2 * x_unit * (q_unit * grad).sum(-1, keepdim=True)
-    return turned * (q_length / torch.where(x_length == 0, 1.0, x_length))
+    return turned * (q_length / x_length.clamp(min=SHORTEST))
 
 
 def backward(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from genperf_testing.cases import SHAPES, Case, normals
 from genperf_testing.contract import threads
+from genperf_testing.nearest import CPU, REFERENCE, TRITON
 
 import genperf
 from genperf.ops import vector_quantize, vq_nearest
@@ -96,6 +97,29 @@ def test_definition(estimator, weights):
     torch.testing.assert_close(out.quantized, y)
     torch.testing.assert_close(out.loss, loss)
     torch.testing.assert_close(gradients(out[:3:2], mine), gradients((y, loss), theirs))
+
+
+@pytest.mark.parametrize("backend", REFERENCE + CPU + TRITON, indirect=True)
+def test_rotations_of_short_vectors_are_those_of_the_library(backend):
+    """Which takes no length below 1e-6, of a vector, a codeword, or the sum of their units."""
+    library = pytest.importorskip("vector_quantize_pytorch.vector_quantize_pytorch")
+    x, codebook = normals((13, 4), "x") * torch.logspace(-11, 1, 13)[:, None], normals((9, 4), "c")
+    x[3], codebook[7] = 0.0, 0.0
+    codebook[8] *= 1e-8
+    x[12], codebook[0] = torch.tensor([[-1.0, 0.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]])  # opposite
+    indices = torch.arange(13) % 9
+    indices[12] = 0
+    grad = normals(tuple(x.shape), "grad")
+    mine, theirs = (x.to(backend.device).clone().requires_grad_() for _ in range(2))
+    words = codebook.to(backend.device)
+    quantized = vector_quantize(
+        mine, words, indices=indices.to(backend.device), estimator="rotation", commitment_weight=0.0
+    ).quantized
+    assert torch.equal(quantized, words[indices])
+    quantized.backward(grad.to(backend.device))
+    library.rotate_to(theirs, words[indices]).backward(grad.to(backend.device))
+    size = theirs.grad.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    torch.testing.assert_close(mine.grad / size, theirs.grad / size, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("estimator", ["straight_through", "rotation"])

@@ -28,16 +28,12 @@ from genperf.accelerate.patterns._vqp_update import (
 from genperf.ops.vector_quantize import vector_quantize
 from genperf.ops.vq_nearest import vq_nearest
 
-#: Below this length of a vector the library's rotation does not take it to its codeword.
-_SHORT = 1e-6
-
 
 @dataclasses.dataclass(frozen=True)
 class _Own:
     """Functions and classes of the library's file, by their names."""
 
     lens_to_mask: Any
-    rotate_to: Any
     directional_reparam: Any
     orthogonal_loss_fn: Any
     LossBreakdown: Any
@@ -152,28 +148,15 @@ def _orthogonality(vq: Any, indices: Tensor, loss_fn: Any) -> Tensor:
     return loss_fn(codebook)
 
 
-def any_short(vectors: Tensor) -> bool:
-    """Whether the rotation trick meets vectors whose length the library rounds up, turning them elsewhere.
-
-    Not asked in a compiled graph, which cannot look.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return bool((vectors.detach().float().norm(dim=-1) < _SHORT).any())
-
-
 def _result(vq: Any, x: Tensor, vectors: Tensor, embed: Tensor, found: Tensor, op: Any, own: _Own) -> Tensor:
     """The quantized vectors of training, with their gradient; ``op`` is what vector_quantize gave."""
     routed = x.requires_grad and vq.route_gradients_to_input
-    rotated_by_library = routed and vq.rotation_trick and any_short(vectors)
-    if routed and not vq.directional_reparam and not rotated_by_library:
+    if routed and not vq.directional_reparam:
         quantized = op.quantized.to(torch.promote_types(x.dtype, vectors.dtype))
     else:
         codes = codes_of(embed, found) if embed.requires_grad else op.quantized.detach()
         quantized = codes.to(x.dtype)
-        if rotated_by_library:
-            quantized = own.rotate_to(vectors, quantized)
-        elif routed:
+        if routed:
             quantized = own.directional_reparam(
                 vectors.contiguous(), quantized, vq.directional_reparam_variance
             )

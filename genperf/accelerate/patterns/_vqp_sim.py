@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genperf.accelerate.patterns._vqp_quantize import any_short
-from genperf.accelerate.patterns._vqp_source import helper
 from genperf.ops.vector_quantize import vector_quantize
 
 
@@ -27,7 +25,6 @@ def _covered(sim: Any, x: Any) -> bool:
 
 def sim_forward(forward: FunctionType) -> FunctionType:
     """The method that replaces ``forward``."""
-    rotate_to = helper(forward, "rotate_to")
 
     def method(self: Any, x: Tensor) -> Any:
         if not _covered(self, x):
@@ -42,8 +39,6 @@ def sim_forward(forward: FunctionType) -> FunctionType:
             commitment_weight=float(self.input_to_quantize_commit_loss_weight), codebook_weight=1.0,
         )  # fmt: skip
         quantized = result.quantized if x.requires_grad else result.quantized.detach()
-        if self.rotation_trick and any_short(vectors):
-            quantized = rotate_to(vectors.to(wide), quantized.detach())
         quantized = quantized.to(dtype)
         if self.channel_first:
             quantized = quantized.movedim(-1, 1)

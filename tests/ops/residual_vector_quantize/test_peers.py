@@ -59,6 +59,26 @@ def test_residual_vq_in_training(rotation, fraction):
     assert_close_gradients((out.quantized, out.losses), (quantized, losses), mine, theirs)
 
 
+def test_residuals_shorter_than_the_least_length():
+    """Those of the last stage: the gradient is divided by 1e-6, not by their length."""
+    module = lucidrains(num_quantizers=2, rotation_trick=True).train()
+    for layer in module.layers:
+        layer._codebook.embed.data.mul_(2**-10)
+    codebooks = codebooks_of(module)
+    x = codebooks[0, :50] + 1e-9 * normals((50, DIM), "x")
+    mine, theirs = (x[None].clone().requires_grad_() for _ in range(2))
+    quantized, indices, _ = module(theirs, freeze_codebook=True)
+    out = residual_vector_quantize(mine, codebooks, estimator="rotation")
+    assert torch.equal(out.indices, indices)
+    assert ((x - codebooks[0, indices[0, :, 0]]).norm(dim=1) < 1e-8).all()
+    weight = normals(tuple(x[None].shape), "weight")
+    for y in (out.quantized, quantized):
+        y.backward(weight)
+    size = theirs.grad.norm(dim=-1, keepdim=True)
+    assert size.min() > 100  # of the last stage, not of the one before
+    torch.testing.assert_close(mine.grad / size, theirs.grad / size, rtol=0, atol=1e-3)
+
+
 def test_residual_vq_in_evaluation():
     module = lucidrains().eval()
     x = normals((3, 200, DIM), "x")

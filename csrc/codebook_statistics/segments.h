@@ -43,7 +43,8 @@ class Segments {
         dim_(dim),
         parts_(clamped(n / (kVectorsPerCodeword * codewords), kParts)),
         of_part_((n + parts_ - 1) / parts_),
-        slices_(clamped(2 * team_size() / (parts_ * heads), (dim + kLeastWidth - 1) / kLeastWidth)),
+        threads_(clamped(heads * n * dim / kOfThread, team_size())),
+        slices_(clamped(2 * threads_ / (parts_ * heads), (dim + kLeastWidth - 1) / kLeastWidth)),
         width_(((dim + slices_ - 1) / slices_ + kLeastWidth - 1) / kLeastWidth * kLeastWidth),
         others_(heads * (parts_ - 1) * codewords * dim) {}
 
@@ -54,8 +55,7 @@ class Segments {
   void sum(const View& x, const int32_t* codes, const Rows& rows, float* sums, float* counts) {
     const int64_t units = heads_ * parts_ * slices_;
     Scratch<int32_t> numbers(counts ? heads_ * parts_ * codewords_ : 0);
-    [[maybe_unused]] const bool large = heads_ * n_ * dim_ > 1 << 16;
-#pragma omp parallel if (large)
+#pragma omp parallel num_threads(static_cast<int>(threads_)) if (threads_ > 1)
     {
 #pragma omp for schedule(dynamic)
       for (int64_t u = 0; u < units; ++u) {
@@ -80,6 +80,7 @@ class Segments {
 
  private:
   static constexpr int64_t kParts = 8, kVectorsPerCodeword = 8, kLeastWidth = 16;
+  static constexpr int64_t kOfThread = 1 << 18;  // numbers, below which a thread costs more than it saves
 
   static int64_t clamped(int64_t value, int64_t most) { return value < 1 ? 1 : value < most ? value : most; }
 
@@ -123,8 +124,9 @@ class Segments {
 
   const int64_t heads_, n_, codewords_, dim_;
   const int64_t parts_, of_part_;  // number, and vectors of each
-  const int64_t slices_, width_;   // number, and columns of each
-  Scratch<float> others_;          // sums of all parts but the first
+  const int64_t threads_;
+  const int64_t slices_, width_;  // number, and columns of each
+  Scratch<float> others_;         // sums of all parts but the first
 };
 
 }  // namespace

@@ -37,7 +37,7 @@ def model(steps: int, channels: int, hidden: int) -> ReversibleSequence:
     deviations = {"weight": 0.05, "conv1.weight": 0.02, "conv2.weight": 0.02, "out.weight": 0.003}
     with torch.no_grad():
         for step in made:
-            step.actnorm.initialized.fill_(1)
+            step.get_buffer("actnorm.initialized").fill_(1)
             for name in NAMES:
                 parameter = step.get_parameter(name)
                 noise = torch.randn_like(parameter)
@@ -53,15 +53,25 @@ def model(steps: int, channels: int, hidden: int) -> ReversibleSequence:
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     steps, batch, channels, height, width, hidden = shape
     flow = model(steps, channels, hidden).to(device)
-    parameters = {f"{i}.{name}": step.get_parameter(name) for i, step in enumerate(flow) for name in NAMES}
-    return {"shape": shape, "x": torch.randn(batch, channels, height, width).to(device, dtype), **parameters}
+    return {
+        "shape": shape,
+        "initialized": torch.ones((), dtype=torch.uint8, device=device),
+        "x": torch.randn(batch, channels, height, width).to(device, dtype),
+        **{f"{i}.{name}": step.get_parameter(name) for i, step in enumerate(flow) for name in NAMES},
+    }
 
 
-def eager(shape: tuple[int, ...], x: Tensor, **parameters: Tensor) -> tuple[Tensor, ...]:
+def parameters(inputs: dict[str, Any]) -> list[Tensor]:
+    """Of all steps."""
+    return [inputs[f"{i}.{name}"] for i in range(inputs["shape"][0]) for name in NAMES]
+
+
+def eager(shape: tuple[int, ...], initialized: Tensor, x: Tensor, **parameters: Tensor) -> tuple[Tensor, ...]:
     positions = x.shape[2] * x.shape[3]
     logdet = x.new_zeros(len(x))
     for i in range(shape[0]):
         shift, log_scale, weight, w1, b1, w2, b2, w3, b3, scale = (parameters[f"{i}.{n}"] for n in NAMES)
+        assert initialized.item() == 1  # as each activation normalization asks
         x = log_scale.exp()[:, None, None] * (x + shift[:, None, None])
         x = F.conv2d(x, weight[:, :, None, None])
         logdet = logdet + positions * (log_scale.sum() + torch.slogdet(weight.double())[1].to(x.dtype))

@@ -1,8 +1,10 @@
-"""Determinants and inverses of all mixing matrices of a model by one call, kept until a matrix changes."""
+"""Determinants and inverses of all mixing matrices of a model by one call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,28 +29,42 @@ def key_of(weight: Tensor) -> tuple[int, int] | None:
     return None if weight.is_inference() else (weight.data_ptr(), weight._version)
 
 
-def _is_current(conv: InvertibleConv1x1) -> bool:
-    """Whether what is known holds. Writes by ``weight.data`` do not count, but on the CPU they are seen."""
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def prepared(convs: Sequence[InvertibleConv1x1]) -> Iterator[None]:
+    """While determinants and inverses for the weights of these layers are known, from one call for all.
+
+    A call for layers that an outer one has prepared computes nothing. On the CPU nor does one for weights
+    that are what they were; on a GPU, where the host cannot compare them, and where replays of a CUDA graph
+    write weights without being counted, they are computed in each pass. Without effect under torch.compile.
+    """
+    outer: frozenset[InvertibleConv1x1] = getattr(_local, "convs", frozenset())
+    _compute([conv for conv in convs if conv not in outer])
+    _local.convs = outer.union(convs)
+    try:
+        yield
+    finally:
+        _local.convs = outer
+
+
+def _unchanged(conv: InvertibleConv1x1) -> bool:
+    """Whether what is known is of the weight's numbers, however they were written; on a GPU always False."""
     if conv.current() is None:
         return False
     copy = conv.found.copy  # type: ignore[union-attr]
-    return copy is None or bool((copy.numpy() == conv.weight.detach().numpy()).all())
+    return copy is not None and bool((copy.numpy() == conv.weight.detach().numpy()).all())
 
 
-def prepare(convs: Sequence[InvertibleConv1x1]) -> None:
-    """Determinants and inverses for the weights of these layers, in one call for each device and dtype.
-
-    Nothing is computed where no weight was written since; into a CUDA graph it always is, for its replays.
-    Without effect under torch.compile.
-    """
+def _compute(convs: Sequence[InvertibleConv1x1]) -> None:
     if torch.compiler.is_compiling():
         return
     groups: dict[tuple[torch.device, torch.dtype], list[InvertibleConv1x1]] = {}
     for conv in convs:
         groups.setdefault((conv.weight.device, conv.weight.dtype), []).append(conv)
     for (device, _), members in groups.items():
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not capturing and all(_is_current(conv) for conv in members):
+        if all(_unchanged(conv) for conv in members):
             continue
         with torch.inference_mode(False), torch.no_grad():  # training may use what sampling has computed
             found = slogdet_inverse([conv.weight for conv in members])

@@ -108,7 +108,7 @@ class _Step(torch.autograd.Function):
         with ctx.surroundings.autocast():
             z, change = output_of(step, index, step(x, **run.conditions))
         ctx.surroundings.ran(step)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = z if z.dtype in (torch.float32, torch.float64) else z.float()
         z = z.view_as(z) if z is x else z
         ctx.run, ctx.index, ctx.parameters = run, index, parameters
         ctx.has_x, ctx.has_z = index in run.stored, index == len(run.steps) - 1

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genperf.nn.flows._determinants import prepare
+from genperf.nn.flows._determinants import prepared
 from genperf.nn.flows.conv1x1 import InvertibleConv1x1
 from genperf.nn.flows.sequence import ReversibleSequence
 from genperf.nn.flows.squeeze import Split, Squeeze
@@ -26,8 +26,8 @@ class Glow(nn.Module):
     each level under a Gaussian learned from the other half, and the rest of the last under one learned for
     each class.
 
-    Determinants and inverses of all mixing matrices come from one call, and are kept until a parameter
-    changes.
+    Determinants and inverses of all mixing matrices come from one call; on the CPU they are kept until a
+    matrix changes.
 
     Args:
         shape: (C, H, W) of the images; H and W divisible by 2 ** levels.
@@ -129,16 +129,16 @@ class Glow(nn.Module):
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"Glow: x is {got}, expected shape (B, {', '.join(map(str, self.shape))})")
         mean, log_std = self._prior(x.shape[0], labels)
-        prepare(self._dense)
         latents, total = [], torch.zeros((), device=x.device)
-        for level, sequence in enumerate(self.levels):
-            x, _ = self.squeeze(x)
-            x, logdet = sequence(x)
-            total = total + logdet
-            if level < len(self.splits):
-                (x, noise), logdet = self.splits[level](x)
-                latents.append(noise)
+        with prepared(self._dense):
+            for level, sequence in enumerate(self.levels):
+                x, _ = self.squeeze(x)
+                x, logdet = sequence(x)
                 total = total + logdet
+                if level < len(self.splits):
+                    (x, noise), logdet = self.splits[level](x)
+                    latents.append(noise)
+                    total = total + logdet
         latents.append((x - mean) * (-log_std).exp())
         return tuple(latents), total - log_std.sum((1, 2, 3)) * x.shape[2:].numel()
 
@@ -152,16 +152,16 @@ class Glow(nn.Module):
             )
         n = latents[0].shape[0]
         mean, log_std = self._prior(n, labels)
-        prepare(self._dense)
         x = latents[-1] * log_std.exp() + mean
         total = log_std.sum((1, 2, 3)) * x.shape[2:].numel()
-        for level in reversed(range(len(self.levels))):
-            if level < len(self.splits):
-                x, logdet = self.splits[level].inverse(x, latents[level])  # type: ignore[operator]
+        with prepared(self._dense):
+            for level in reversed(range(len(self.levels))):
+                if level < len(self.splits):
+                    x, logdet = self.splits[level].inverse(x, latents[level])  # type: ignore[operator]
+                    total = total + logdet
+                x, logdet = self.levels[level].inverse(x)  # type: ignore[operator]
+                x, _ = self.squeeze.inverse(x)
                 total = total + logdet
-            x, logdet = self.levels[level].inverse(x)  # type: ignore[operator]
-            x, _ = self.squeeze.inverse(x)
-            total = total + logdet
         return x, total
 
     def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:

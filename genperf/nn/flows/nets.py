@@ -40,7 +40,8 @@ class ZeroConv2d(nn.Conv2d):
         y = super().forward(x)
         if self.pad_value != 0:
             frame = _frame(x.shape[2], x.shape[3], x.device, self.weight.dtype)
-            y = y + F.conv2d(frame, self.weight.sum(1, keepdim=True) * self.pad_value)
+            sums = self.weight.sum(1, keepdim=True)
+            y = y + F.conv2d(frame, sums if self.pad_value == 1 else sums * self.pad_value)
         return y, (self.scale * 3).exp()
 
     def extra_repr(self) -> str:

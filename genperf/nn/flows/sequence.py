@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genperf.nn.flows._determinants import prepare
+from genperf.nn.flows._determinants import prepared
 from genperf.nn.flows._reconstruction import Monitor, Probes
 from genperf.nn.flows._reversible import Pass, output_of
 from genperf.nn.flows.conv1x1 import InvertibleConv1x1
@@ -128,27 +128,29 @@ class ReversibleSequence(nn.Module):
             z, and the sum of the log-determinants [B].
         """
         x = _state(x)
-        prepare(self._dense)
-        if self.reversible and self._needs_gradients(x, conditions):
-            return self._reversible(x, conditions)
-        logdet = torch.zeros(x.shape[0], device=x.device, dtype=x.dtype)
-        for index, step in enumerate(self.steps):
-            x, change = output_of(step, index, step(x, **conditions))
-            x, logdet = _state(x), logdet + change
-        return x, logdet
+        with prepared(self._dense):
+            if self.reversible and self._needs_gradients(x, conditions):
+                return self._reversible(x, conditions)
+            logdet = torch.zeros(x.shape[0], device=x.device, dtype=x.dtype)
+            for index, step in enumerate(self.steps):
+                x, change = output_of(step, index, step(x, **conditions))
+                x, logdet = _state(x), logdet + change
+            return x, logdet
 
     def inverse(self, z: Tensor, **conditions: Any) -> tuple[Tensor, Tensor]:
-        """Back through all steps: x, and the log-determinant [B] of this direction. Autograd keeps
-        activations."""
+        """Back through all steps: x, and the log-determinant [B] of this direction.
+
+        Autograd keeps activations.
+        """
         z = _state(z)
-        prepare(self._dense)
-        logdet = torch.zeros(z.shape[0], device=z.device, dtype=z.dtype)
-        for index, step in reversed(list(enumerate(self.steps))):
-            if not callable(getattr(step, "inverse", None)):
-                raise TypeError(f"steps[{index}], {type(step).__name__}, has no method inverse")
-            z, change = output_of(step, index, step.inverse(z, **conditions))  # type: ignore[operator]
-            z, logdet = _state(z), logdet + change
-        return z, logdet
+        with prepared(self._dense):
+            logdet = torch.zeros(z.shape[0], device=z.device, dtype=z.dtype)
+            for index, step in reversed(list(enumerate(self.steps))):
+                if not callable(getattr(step, "inverse", None)):
+                    raise TypeError(f"steps[{index}], {type(step).__name__}, has no method inverse")
+                z, change = output_of(step, index, step.inverse(z, **conditions))  # type: ignore[operator]
+                z, logdet = _state(z), logdet + change
+            return z, logdet
 
     def _needs_gradients(self, x: Tensor, conditions: dict[str, Any]) -> bool:
         if getattr(self, "_is_replica", False):  # of DataParallel, whose parameters are no parameters
@@ -176,4 +178,4 @@ def _state(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"ReversibleSequence: x is {got}, expected a tensor of a floating dtype")
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -22,13 +22,19 @@ namespace genperf {
 
 struct SlogdetInverseArgs {
   View packed, sign, logabsdet, inverse, inverse_transpose, status;
+  View workspace;  // CUDA: float64, for the sizes above kSharedSize their squares, rounded up to whole strips
   std::vector<int64_t> sizes;
 };
 
 inline constexpr int kStrip = 8;
+// On CUDA: matrices up to kSharedSize always fit in shared memory, and up to kLargestSize in registers.
+inline constexpr int kSharedSize = 64, kLargestSize = 1024;
 // Strips that are eliminated before the columns outside hear of it.
-GENPERF_INLINE constexpr int panel_strips(int64_t size) { return size > 512 ? 8 : size > 64 ? 4 : 1; }
+GENPERF_INLINE constexpr int panel_strips(int64_t size) { return size > 64 ? 4 : 1; }
 
 void slogdet_inverse_cpu(const SlogdetInverseArgs& args);
+
+// Returns a cudaError_t. One launch for up to 64 runs of matrices of one size.
+int slogdet_inverse_cuda(const SlogdetInverseArgs& args, void* stream);
 
 }  // namespace genperf

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genperf import _backend
-from genperf._op import Operator
+from genperf._op import Operator, cuda_stream
 
 __all__ = ["SlogdetInverse", "slogdet_inverse"]
 
@@ -88,8 +88,25 @@ def _cpu(
     packed: Tensor, sizes: list[int], want_inverse: bool = True, want_transpose: bool = True
 ) -> _Results:
     results = _outputs(packed, sizes, want_inverse, want_transpose)
-    _backend.native.cpu.slogdet_inverse(packed, sizes, *results)  # type: ignore[union-attr]
+    _backend.native.cpu.slogdet_inverse(packed, sizes, *results, None)  # type: ignore[union-attr]
     return results
+
+
+def _cuda(
+    packed: Tensor, sizes: list[int], want_inverse: bool = True, want_transpose: bool = True
+) -> _Results:
+    results = _outputs(packed, sizes, want_inverse, want_transpose)
+    cuda = _backend.cuda_functions()
+    room = sum(n * -(-n // 8) * 8 for n in sizes if n > cuda.slogdet_inverse_shared_size)
+    workspace = packed.new_empty(room, dtype=torch.float64) if room else None
+    cuda.slogdet_inverse(packed, sizes, *results, workspace, cuda_stream(packed))
+    return results
+
+
+def _refuses_cuda(packed: Tensor, sizes: list[int], *_: bool) -> str | None:
+    largest = max(sizes, default=0)
+    most = _backend.cuda_functions().slogdet_inverse_largest_size
+    return f"a matrix of size {largest}, at most {most}" if largest > most else None
 
 
 _op = Operator(
@@ -100,6 +117,7 @@ _op = Operator(
     _outputs,
 )
 _op.implement("cpu", _cpu)
+_op.implement("cuda", _cuda, _refuses_cuda)
 
 
 class _SlogdetInverse(torch.autograd.Function):

@@ -159,14 +159,16 @@ def slogdet_inverse(matrices: Tensor | Sequence[Tensor], *, inverses: bool = Tru
     """Sign and logarithm of the absolute determinant, and the inverse, of square matrices of any sizes.
 
     One call for all layers of a model: one native call on the CPU, which shares the matrices out among
-    threads. Gauss-Jordan elimination with partial pivoting in float64, whatever the dtype; the results are
-    rounded once. The same bits for any number of threads, and for a matrix alone or among others. The host
-    never reads a result, and a singular matrix raises nothing: ``status`` tells.
+    threads, or one launch on CUDA, a block a matrix. Gauss-Jordan elimination with partial pivoting in
+    float64, whatever the dtype; the results are rounded once. The same bits for any number of threads, and
+    for a matrix alone or among others. The host never reads a result, and a singular matrix raises nothing:
+    ``status`` tells.
 
     Differentiable, twice, in ``logabsdet`` and the inverses; backward is one product with the transposed
     inverse that is there already. Where ``status`` is not 0 the gradient is NaN.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``reference``.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``cuda`` (C up to 1024), ``reference``. None in Triton, which
+    cannot exchange rows.
 
     Args:
         matrices: [*, C, C], or matrices [C, C] each of its own size, on one device; float32 or float64.

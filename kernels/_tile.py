@@ -87,6 +87,7 @@ class Example(NamedTuple):
     launch: Callable[[], object]  # calls the op on meta tensors
     wide: bool = True  # whether memory is accessed 16 bytes at a time
     quick: bool = False  # whether it is compiled in every test run
+    products: bool = False  # whether it has matrix products in single precision, of fused multiply-adds
 
 
 def on_device_of(tensor: Tensor):

@@ -73,6 +73,24 @@ def _cpu_reverse(y, grad_y, grad_logdet, matrix, inverse_matrix, shift, scale, l
     return out
 
 
+def _triton(*args):
+    from genperf.kernels.invertible_conv1x1 import invertible_conv1x1_forward
+
+    return invertible_conv1x1_forward(*args)
+
+
+def _triton_backward(*args):
+    from genperf.kernels.invertible_conv1x1 import invertible_conv1x1_backward
+
+    return invertible_conv1x1_backward(*args)
+
+
+def _triton_reverse(*args):
+    from genperf.kernels.invertible_conv1x1 import invertible_conv1x1_reverse
+
+    return invertible_conv1x1_reverse(*args)
+
+
 def _refuses(x: Tensor, *_: Any) -> str | None:
     if x.dtype not in _NATIVE_DTYPES:
         return f"{x.dtype} is left to the reference"
@@ -92,6 +110,7 @@ forward_op = Operator(
     _outputs,
 )
 forward_op.implement("cpu", _cpu, _refuses)
+forward_op.implement("triton", _triton, _refuses)
 backward_op = Operator(
     "invertible_conv1x1_backward",
     f"(Tensor? grad_y, Tensor? grad_logdet, Tensor x, Tensor matrix, {_PARAMETERS},"
@@ -100,6 +119,7 @@ backward_op = Operator(
     _gradients,
 )
 backward_op.implement("cpu", _cpu_backward, _refuses_backward)
+backward_op.implement("triton", _triton_backward, _refuses_backward)
 reverse_op = Operator(
     "invertible_conv1x1_reverse",
     f"(Tensor y, Tensor grad_y, Tensor? grad_logdet, Tensor matrix, Tensor inverse_matrix, {_PARAMETERS})"
@@ -108,3 +128,4 @@ reverse_op = Operator(
     _reversed,
 )
 reverse_op.implement("cpu", _cpu_reverse, _refuses)
+reverse_op.implement("triton", _triton_reverse, _refuses)

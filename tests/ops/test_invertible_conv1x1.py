@@ -107,7 +107,7 @@ def _x(shape):
     return [normals(shape)]
 
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 _SETTINGS = {"elementwise": False, "backends": BACKENDS}
 CASES = (
     Case("channels first", _channels_first, _x, per_sample=True, **_SETTINGS),

@@ -306,7 +306,7 @@ def _example(channels: int, size: int, dtype: torch.dtype = torch.float32, inver
 
 
 AOT = {
-    "12": Example(partial(_example, 12, 32), wide=False, quick=True, products=True),
+    "12": Example(partial(_example, 12, 32), wide=False, products=True),
     "48": Example(partial(_example, 48, 16), wide=False, quick=True, products=True),
     "24, inverse, bfloat16": Example(
         partial(_example, 24, 16, torch.bfloat16, True), wide=False, products=True

@@ -10,6 +10,7 @@ variable. What was compiled once comes from Triton's cache.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import os
@@ -106,12 +107,41 @@ def assert_no_tf32(ptx: str) -> None:
     assert "tf32" not in ptx, "tensor cores round the factors to TF32"
 
 
+@functools.cache
+def _lines_of_ieee_dots(path: str) -> frozenset[int]:
+    """The lines of a source file with calls of ``dot`` that name the input precision "ieee"."""
+    calls = [node for node in ast.walk(ast.parse(Path(path).read_text())) if isinstance(node, ast.Call)]
+    return frozenset(
+        line
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "dot"
+        if any(
+            k.arg == "input_precision" and isinstance(k.value, ast.Constant) and k.value.value == "ieee"
+            for k in call.keywords
+        )
+        for line in range(call.lineno, (call.end_lineno or call.lineno) + 1)
+    )
+
+
 def assert_ieee(ptx: str, products: bool = False) -> None:
-    """Each operation on floats is rounded by itself, to nearest, and subnormals are kept. Only products of
-    matrices may have fused multiply-adds."""
-    fused = r"fma\.(?!rn\.f32)" if products else r"fma\."
-    inexact = re.findall(rf"^\s*(?:{fused}|\S+\.(?:approx|full|ftz)\.)\S*", ptx, flags=re.MULTILINE)
-    assert not inexact, f"not the bits of the other backends: {sorted(set(inexact))}"
+    """Each operation on floats is rounded by itself, to nearest, and subnormals are kept.
+
+    But for ``dot`` with ``input_precision="ieee"`` of float32: there a fused multiply-add in float32 is what
+    the source asks for. It is rounded once, to nearest, and keeps subnormals; and no two backends are
+    promised the same bits of a sum of products. Each one must come from such a line, as the line table of the
+    PTX has it, so that none is let through that was fused from multiplications and additions of formulas;
+    unless the whole kernel is one of ``products``, of which no formula needs the bits.
+    """
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', ptx, flags=re.MULTILINE))
+    inexact, place = set(), ("", 0)
+    for line in ptx.splitlines():
+        if found := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
+            place = found[1], int(found[2])
+        elif found := re.match(r"\s*((?:fma\.|\S+\.(?:approx|full|ftz)\.)\S*)", line):
+            in_dot = place[0] in files and place[1] in _lines_of_ieee_dots(files[place[0]])
+            if not re.fullmatch(r"fma\.rn\.f32(x2)?", found[1]) or not (products or in_dot):
+                inexact.add(found[1])
+    assert not inexact, f"not the bits of the other backends: {sorted(inexact)}"
 
 
 def assert_no_spills(kernel: dict[str, Any], folder: Path) -> None:
@@ -196,6 +226,11 @@ def test_gates_catch(quick, tmp_path):
     with pytest.raises(AssertionError, match="fma"):
         assert_ieee(fused["ptx"])
     assert fused["fused"]
+    product = next(k for k in quick["kernels"] if k["kernel"] == "_statistics_kernel")
+    elsewhere = re.sub(r"(\.loc\s+\d+\s+)\d+", r"\g<1>1", product["ptx"])
+    for changed in (elsewhere, product["ptx"].replace("fma.rn.f32", "fma.rn.ftz.f32")):
+        with pytest.raises(AssertionError, match="fma"):
+            assert_ieee(changed)
     good = next(k for k in quick["kernels"] if k["kernel"] == "_backward_kernel")
     starved = {**good, "ptx": good["ptx"].replace(".reqntid", ".maxnreg 24\n.reqntid")}
     with pytest.raises(AssertionError, match="spill"):

@@ -24,6 +24,7 @@ from genperf.ops.philox_random import FLOATS
 __all__ = ["GumbelQuantized", "gumbel_quantize"]
 
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_GRID = 65535  # of the second and third dimension of a launch
 
 
 class GumbelQuantized(NamedTuple):
@@ -92,6 +93,29 @@ def _refuses_backward(grad: Any, grad_kl: Any, logits: Tensor, *_: Any) -> str |
     return _refuses(logits)
 
 
+def _triton(*args):
+    from genperf.kernels.gumbel_quantize import gumbel_quantize
+
+    return gumbel_quantize(*args)
+
+
+def _triton_backward(*args):
+    from genperf.kernels.gumbel_quantize import gumbel_quantize_backward
+
+    return gumbel_quantize_backward(*args)
+
+
+def _refuses_triton(logits: Tensor, *_: Any) -> str | None:
+    batch, n_codewords = logits.shape[:2]
+    if batch > LARGEST_GRID:
+        return f"{batch} samples, at most {LARGEST_GRID}"
+    return f"{n_codewords} codewords, below 2^25" if n_codewords >= 2**25 else _refuses(logits)
+
+
+def _refuses_triton_backward(grad: Any, grad_kl: Any, logits: Tensor, *_: Any) -> str | None:
+    return _refuses_triton(logits)
+
+
 _INPUTS = "Tensor logits, Tensor codebook, Tensor? noise, Tensor? key"
 _forward_op = Operator(
     "gumbel_quantize",
@@ -101,6 +125,7 @@ _forward_op = Operator(
     _outputs,
 )
 _forward_op.implement("cpu", _cpu, _refuses)
+_forward_op.implement("triton", _triton, _refuses_triton)
 _backward_op = Operator(
     "gumbel_quantize_backward",
     f"(Tensor? grad, Tensor? grad_kl, {_INPUTS}, Tensor indices, float temperature, bool hard,"
@@ -109,6 +134,7 @@ _backward_op = Operator(
     _gradients,
 )
 _backward_op.implement("cpu", _cpu_backward, _refuses_backward)
+_backward_op.implement("triton", _triton_backward, _refuses_triton_backward)
 
 
 class _GumbelQuantize(torch.autograd.Function):
@@ -168,6 +194,9 @@ def gumbel_quantize(
     dalle-pytorch is ``kl_div_loss_weight * kl.sum() / B``.
 
     On the CPU the positions are the vector lanes: an image's are fast, a single position is not.
+
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton``, ``reference``. There is no CUDA C++ kernel: reading
+    the logits once is what bounds it, and Triton does that.
 
     Args:
         logits: [B, K, *], any strides. float32, float16, bfloat16, or float64 (by the reference alone).

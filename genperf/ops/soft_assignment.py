@@ -21,6 +21,7 @@ from genperf.ops._soft_assignment_reference import reference, reference_backward
 __all__ = ["SoftAssignment", "soft_assignment"]
 
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_GRID = 65535  # of the second and third dimension of a launch
 
 
 class SoftAssignment(NamedTuple):
@@ -78,6 +79,33 @@ def _refuses_backward(grad_lse: Any, grad_entropy: Any, grad_mean: Any, grad_nll
     return _refuses(x)
 
 
+def _triton(*args):
+    from genperf.kernels.soft_assignment import soft_assignment
+
+    return soft_assignment(*args)
+
+
+def _triton_backward(*args):
+    from genperf.kernels.soft_assignment import soft_assignment_backward
+
+    return soft_assignment_backward(*args)
+
+
+def _refuses_triton(x: Tensor, codebook: Tensor, *_: Any) -> str | None:
+    if x.dtype not in _NATIVE_DTYPES:
+        return f"{x.dtype} is left to the reference"
+    heads, n_codewords = codebook.shape[:2]
+    if heads > LARGEST_GRID:
+        return f"{heads} heads, at most {LARGEST_GRID}"
+    return None if n_codewords <= 2**27 else f"{n_codewords} codewords, at most 2^27"
+
+
+def _refuses_triton_backward(
+    grad_lse: Any, grad_entropy: Any, grad_mean: Any, grad_nll: Any, x: Tensor, codebook: Tensor, *_: Any
+) -> str | None:
+    return _refuses_triton(x, codebook)
+
+
 _INPUTS = "Tensor x, Tensor codebook, Tensor? targets, int metric, float temperature"
 _forward_op = Operator(
     "soft_assignment",
@@ -86,6 +114,7 @@ _forward_op = Operator(
     _outputs,
 )
 _forward_op.implement("cpu", _cpu, _refuses)
+_forward_op.implement("triton", _triton, _refuses_triton)
 _backward_op = Operator(
     "soft_assignment_backward",
     f"(Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_mean, Tensor? grad_nll, {_INPUTS},"
@@ -94,6 +123,7 @@ _backward_op = Operator(
     _gradients,
 )
 _backward_op.implement("cpu", _cpu_backward, _refuses_backward)
+_backward_op.implement("triton", _triton_backward, _refuses_triton_backward)
 
 
 class _SoftAssignment(torch.autograd.Function):
@@ -154,6 +184,9 @@ def soft_assignment(
     precision; the same inputs give the same bits for any number of threads. Both passes hold the scores of
     a block of vectors and compute those of the next in its place; backward computes them again and saves
     nothing but the inputs. docs/vector_quantization.md has recipes for the losses of public quantizers.
+
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton``, ``reference``. There is no CUDA C++ kernel: the time
+    goes into products, which Triton makes of the same float32 multiply-adds.
 
     A vector with a NaN or an infinity makes its own results and ``mean_prob`` NaN; a codeword with one makes
     all results NaN, except where an infinite distance is a probability of 0.

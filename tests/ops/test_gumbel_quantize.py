@@ -21,7 +21,7 @@ both = pytest.mark.parametrize("backend", OPS)
 hard_or_mixed = pytest.mark.parametrize("hard", [True, False], ids=["hard", "mixed"])
 
 
-def _case(name, hard, temperature=1.0, with_noise=False, keys=False):
+def _case(name, hard, temperature=1.0, with_noise=False, keys=False, triton=False):
     def function(logits, codebook, key_or_noise):
         given = {"noise" if with_noise else "key": key_or_noise}
         out = gumbel_quantize(logits, codebook, temperature, hard, **given)
@@ -36,7 +36,8 @@ def _case(name, hard, temperature=1.0, with_noise=False, keys=False):
 
     return Case(
         name, function, lambda shape: [normals(shape)], constants, smooth=not hard, elementwise=False,
-        backends=OPS, shapes=(*(s for s in SHAPES if len(s) > 1), (0, 4), (0, 2, 3), (3, 2, 0)),
+        backends=OPS + ("triton",) * triton,
+        shapes=(*(s for s in SHAPES if len(s) > 1), (0, 4), (0, 2, 3), (3, 2, 0)),
     )  # fmt: skip
 
 
@@ -45,10 +46,10 @@ def gumbels(shape, *seed):
 
 
 CASES = (
-    _case("hard", True),
+    _case("hard", True, triton=True),
     _case("mixed", False, temperature=0.7),
     _case("hard, given noise", True, temperature=2.0, with_noise=True),
-    _case("mixed, keys", False, temperature=2.0, keys=True),
+    _case("mixed, keys", False, temperature=2.0, keys=True, triton=True),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -17,9 +18,17 @@ from genperf.ops import soft_assignment
 
 METRICS = ("l2", "euclidean", "cosine", "dot")
 BACKENDS = ("reference", "cpu")
+BOTH = [
+    "reference",
+    "cpu",
+    pytest.param(
+        "triton",
+        marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="not interpreted here"),
+    ),
+]
 
 
-def _case(name, metric, temperature, n_codewords=37, mean_prob=False, with_targets=True):
+def _case(name, metric, temperature, n_codewords=37, mean_prob=False, with_targets=True, triton=False):
     def function(x, codebook, targets=None):
         # In proportion to the distances, which grow with D.
         scale = temperature * {"l2": x.shape[-1], "cosine": 1}.get(metric, math.sqrt(x.shape[-1]))
@@ -33,15 +42,15 @@ def _case(name, metric, temperature, n_codewords=37, mean_prob=False, with_targe
     # A NaN in one vector reaches every element of the mean probabilities.
     return Case(
         name, function, lambda shape: [normals(shape)], constants, elementwise=False,
-        nan_as_reference=not mean_prob, backends=BACKENDS,
+        nan_as_reference=not mean_prob, backends=BACKENDS + ("triton",) * triton,
         shapes=(*(s for s in SHAPES if len(s) > 1), (0, 4), (0, 2, 3)),
     )  # fmt: skip
 
 
 CASES = (
-    _case("l2", "l2", 0.3),
+    _case("l2", "l2", 0.3, triton=True),
     _case("l2, mean", "l2", 0.5, n_codewords=70, mean_prob=True, with_targets=False),
-    _case("cosine, mean", "cosine", 0.1, mean_prob=True),
+    _case("cosine, mean", "cosine", 0.1, mean_prob=True, triton=True),
     _case("dot", "dot", 1.0, n_codewords=3),
     _case("euclidean, mean", "euclidean", 0.1, mean_prob=True),
 )
@@ -201,7 +210,7 @@ def test_channel_first():
     assert grad.shape == x.shape
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BOTH)
 def test_empty_batch(backend):
     x, c = torch.zeros(0, 3, requires_grad=True), normals((4, 3)).requires_grad_()
     with genperf.backend(backend):
@@ -212,7 +221,7 @@ def test_empty_batch(backend):
     assert not grads[1].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BOTH)
 def test_zero_vectors_of_the_cosine(backend):
     x, c = normals((3, 4), "x"), normals((5, 4), "c")
     x[1], c[2] = 0, 0
@@ -226,7 +235,7 @@ def test_zero_vectors_of_the_cosine(backend):
     assert all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BOTH)
 def test_no_gradient_where_vector_and_codeword_meet(backend):
     c = normals((5, 4), "c")
     x = c[:2].clone().requires_grad_()
@@ -238,7 +247,7 @@ def test_no_gradient_where_vector_and_codeword_meet(backend):
     assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BOTH)
 @pytest.mark.parametrize("metric", METRICS)
 def test_probabilities_of_zero(metric, backend):
     """Far beyond the range of exp: nothing becomes NaN."""

@@ -328,8 +328,8 @@ def gumbel_quantize_backward(
     if want_codebook and (grad is None or hard):
         of_codebook = codebook.new_zeros(codebook.shape)
         if grad is not None:
-            sums = segmented_sums(grad.transpose(1, 2)[None], indices[None], n_words)[1][0]
-            of_codebook = sums.to(codebook.dtype)
+            _, by_word = segmented_sums(grad.transpose(1, 2)[None], indices[None], n_words)
+            of_codebook = by_word[0].to(codebook.dtype)
     mixing = want_codebook and of_codebook is None
     if of_logits is None and not mixing:
         return None, of_codebook
@@ -340,26 +340,27 @@ def gumbel_quantize_backward(
     block_p = _positions(n, 16)
     grid = triton.cdiv(n, block_p), parts, batch
     strides = (*source.strides, codebook.stride(), (logits if grad is None else grad).stride())
-    tiles = {"GROUPED": source.grouped, "BLOCK_K": 32, "BLOCK_P": block_p, **_PRODUCTS}
+    tiles = {"GROUPED": source.grouped, "BLOCK_P": block_p, **_PRODUCTS}
     with on_device_of(logits):
         _sums_kernel[grid](
             *source.tensors, indices, codebook, grad, of_mix, sums, *strides, n_words, n, dim,
-            1 / temperature, WITH_PRODUCTS=of_logits is not None, PART=PART, BLOCK_D=16, **tiles,
+            1 / temperature, WITH_PRODUCTS=of_logits is not None, PART=PART, BLOCK_K=1024 // block_p,
+            BLOCK_D=16, **tiles,
         )  # fmt: skip
         if of_logits is not None:
             _logits_kernel[grid](
                 *source.tensors, indices, codebook, grad, given, of_mix, sums, of_logits, *strides, n_words,
-                n, dim, parts, 1 / temperature, PART=PART, BLOCK_D=16, **tiles,
+                n, dim, parts, 1 / temperature, PART=PART, BLOCK_K=1024 // block_p, BLOCK_D=16, **tiles,
             )  # fmt: skip
         if mixing:
             block_d, blocks = min(64, max(16, triton.next_power_of_2(dim))), batch * grid[0]
-            words = triton.cdiv(n_words, 32), triton.cdiv(dim, block_d)
-            chunks = min(blocks, max(1, PROGRAMS // (words[0] * words[1])))
+            blocks_k, blocks_d = triton.cdiv(n_words, 32), triton.cdiv(dim, block_d)
+            chunks = min(blocks, max(1, PROGRAMS // (blocks_k * blocks_d)))
             chunk = triton.cdiv(blocks, chunks)
             partial_sums = logits.new_empty(triton.cdiv(blocks, chunk), n_words, dim, dtype=torch.float32)
-            _words_kernel[(*words, len(partial_sums))](
+            _words_kernel[(blocks_k, blocks_d, len(partial_sums))](
                 *source.tensors, indices, grad, of_mix, partial_sums, *source.strides, strides[-1], batch,
-                n_words, n, dim, parts, chunk, 1 / temperature, BLOCK_D=block_d, **tiles,
+                n_words, n, dim, parts, chunk, 1 / temperature, BLOCK_K=32, BLOCK_D=block_d, **tiles,
             )  # fmt: skip
             of_codebook = partial_sums.sum(0).to(codebook.dtype)
     return of_logits, of_codebook
@@ -382,7 +383,7 @@ def _example(
 
 
 AOT = {
-    "hard": Example(partial(_example, (16, 8192, 1024), 256, True), wide=False, quick=True),
+    "hard": Example(partial(_example, (16, 8192, 1024), 256, True), wide=False),
     "mixed": Example(partial(_example, (16, 8192, 1024), 256, False), wide=False, quick=True),
     "hard, channels last, bfloat16": Example(
         partial(_example, (16, 8192, 1024), 256, True, torch.bfloat16, last=True), wide=False

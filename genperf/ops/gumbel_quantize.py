@@ -195,8 +195,8 @@ def gumbel_quantize(
 
     On the CPU the positions are the vector lanes: an image's are fast, a single position is not.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton``, ``reference``. There is no CUDA C++ kernel: reading
-    the logits once is what bounds it, and Triton does that.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton``, ``reference``. There is no CUDA C++ kernel:
+    reading the logits once is what bounds it, and Triton does that.
 
     Args:
         logits: [B, K, *], any strides. float32, float16, bfloat16, or float64 (by the reference alone).

@@ -185,8 +185,8 @@ def soft_assignment(
     a block of vectors and compute those of the next in its place; backward computes them again and saves
     nothing but the inputs. docs/vector_quantization.md has recipes for the losses of public quantizers.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton``, ``reference``. There is no CUDA C++ kernel: the time
-    goes into products, which Triton makes of the same float32 multiply-adds.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton``, ``reference``. There is no CUDA C++ kernel:
+    the time goes into products, which Triton makes of the same float32 multiply-adds.
 
     A vector with a NaN or an infinity makes its own results and ``mean_prob`` NaN; a codeword with one makes
     all results NaN, except where an infinite distance is a probability of 0.

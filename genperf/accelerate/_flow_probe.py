@@ -193,6 +193,39 @@ class StandIn(nn.Module):
         return mixed.movedim(-1, 1).contiguous()
 
 
+def any_layout(net: Any) -> bool:
+    """Whether a network takes an image with its channels last, which one that views it would not."""
+    channels = next((part.in_channels for part in net.modules() if isinstance(part, nn.Conv2d)), 0)
+    if not channels or any(p.is_meta for p in net.parameters()):
+        return False
+    key = ("any_layout", channels, _signature(net, ()))
+    if None in key or key not in _results:
+        _results[key] = "" if _same_in_any_layout(net, channels) else "it depends on the layout"
+    return not _results[key]
+
+
+def _same_in_any_layout(net: nn.Module, channels: int) -> bool:
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        net = copy.deepcopy(net).double().cpu()
+        for p in net.parameters():
+            p.requires_grad_(False)
+        x = torch.randn(2, channels, 3, 5, dtype=torch.float64).requires_grad_()
+        found = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            torch.manual_seed(5)
+            with torch.enable_grad():
+                y = net(x.contiguous(memory_format=layout))
+                found.append((y.detach(), *torch.autograd.grad(y.square().sum(), x)))
+        return all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
+    except Exception:
+        return False
+    finally:
+        torch.random.set_rng_state(state)
+        torch.set_num_threads(threads)
+
+
 def _small_copy(module: nn.Module, cls: type, candidate: Candidate) -> Any:
     memo: dict[int, Any] = {id(module.get_submodule(n)): StandIn(c) for n, c in candidate.nets.items()}
     made = copy.deepcopy(module, memo)

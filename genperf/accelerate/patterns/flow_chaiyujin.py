@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from genperf.accelerate._flow import Affine, Matrix, coupled, hooked, map_of, taken, transformed
-from genperf.accelerate._flow_probe import Candidate, decided
+from genperf.accelerate._flow import Affine, Matrix, coupled, for_network, hooked, map_of, taken, transformed
+from genperf.accelerate._flow_probe import Candidate, any_layout, decided
 from genperf.accelerate._pattern import Match, Options, Refusal
 from genperf.ops.invertible_conv1x1 import PLU
 
@@ -103,6 +103,7 @@ def _step(module: Any, cls: Any) -> Candidate:
     kind, net = module.flow_coupling, _net_of(module)
     settings = _COUPLINGS[kind]
     of_actnorm = type(module.actnorm)
+    free = any_layout(module._modules[net])
 
     def maps(self: Any, x: Any, inverse: bool) -> tuple[Tensor, Matrix, Affine] | None:
         """``x`` as it is taken, and the maps of its first two layers; None where the original must run."""
@@ -119,7 +120,7 @@ def _step(module: Any, cls: Any) -> Candidate:
         if found is None or logdet is None:
             return cls.normal_flow(self, input, logdet)
         y, own = transformed(*found)
-        y, of_coupling = coupled(y, getattr(self, net)(y.chunk(2, 1)[0]), **settings)  # type: ignore[arg-type]
+        y, of_coupling = coupled(y, getattr(self, net)(for_network(y.chunk(2, 1)[0], free)), **settings)  # type: ignore[arg-type]
         return y, _added(logdet, own) if kind == "additive" else logdet + own + of_coupling
 
     def reverse_flow(self: Any, input: Tensor, logdet: Any) -> Any:
@@ -127,7 +128,7 @@ def _step(module: Any, cls: Any) -> Candidate:
         if found is None or logdet is None:
             return cls.reverse_flow(self, input, logdet)
         y, matrix, affine = found
-        h = getattr(self, net)(y.chunk(2, 1)[0])  # type: ignore[arg-type]
+        h = getattr(self, net)(for_network(y.chunk(2, 1)[0], free))  # type: ignore[arg-type]
         y, of_coupling = coupled(y, h, inverse=True, **settings)
         y, own = transformed(y, matrix, affine, inverse=True)
         return y, _added(logdet, own) if kind == "additive" else logdet + own + of_coupling
@@ -136,7 +137,7 @@ def _step(module: Any, cls: Any) -> Candidate:
     return Candidate(
         f"{cls.__name__}.normal_flow, reverse_flow",
         "invertible_conv1x1, actnorm folded; affine_coupling",
-        ("chaiyujin.step", cls, of_actnorm, kind, net),
+        ("chaiyujin.step", cls, of_actnorm, kind, net, free),
         {"normal_flow": normal_flow, "reverse_flow": reverse_flow},
         {
             "forward": lambda m, x: m(x, x[:, 0, 0, 0]),

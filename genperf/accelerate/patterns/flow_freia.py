@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genperf.accelerate._flow import Affine, Matrix, coupled, taken, transformed
-from genperf.accelerate._flow_probe import Candidate, decided
+from genperf.accelerate._flow import Affine, Matrix, coupled, for_network, taken, transformed
+from genperf.accelerate._flow_probe import Candidate, any_layout, decided
 from genperf.accelerate._pattern import Match, Options, Refusal
 from genperf.ops.slogdet_inverse import SlogdetInverse
 
@@ -51,6 +51,7 @@ def _orthogonal(self: Any, reverse: bool) -> Matrix:
 
 def _block(module: Any, cls: Any) -> Candidate:
     rank = module.global_scale.dim() - 2
+    free = any_layout(module.subnet)
 
     def forward(
         self: Any, x: Any, c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
@@ -69,7 +70,7 @@ def _block(module: Any, cls: Any) -> Candidate:
         elif self.reverse_pre_permute:
             y = self._pre_permute(y)
         passed = y[:, : self.splits[0]]
-        h = self.subnet(torch.cat([passed, *c], 1) if self.conditional else passed)
+        h = self.subnet(for_network(torch.cat([passed, *c], 1) if self.conditional else passed, free))
         y, logdet = coupled(
             y, h, rev, split=self.splits[0], clamp=self.clamp, volume_preserving=self.GIN, **_COUPLING
         )
@@ -82,7 +83,7 @@ def _block(module: Any, cls: Any) -> Candidate:
     return Candidate(
         f"{cls.__name__}.forward",
         "affine_coupling, invertible_conv1x1",
-        ("freia.block", cls, rank),
+        ("freia.block", cls, rank, free),
         {"forward": forward},
         {name: _conditioned(module, run) for name, run in _BOTH.items()},
         (2, module.in_channels, 3, 2, 2)[: rank + 2],

@@ -16,6 +16,7 @@ from genperf.accelerate._flow import (
     Affine,
     Matrix,
     coupled,
+    for_network,
     hooked,
     initialised,
     known,
@@ -23,7 +24,7 @@ from genperf.accelerate._flow import (
     taken,
     transformed,
 )
-from genperf.accelerate._flow_probe import Candidate, decided
+from genperf.accelerate._flow_probe import Candidate, any_layout, decided
 from genperf.accelerate._pattern import Match, Options, Refusal
 
 _FACTORS = {"lower_entries", "upper_entries", "unconstrained_upper_diag"}
@@ -177,6 +178,7 @@ def _coupling(module: Any, cls: Any, settings: dict[str, Any], channels_out: int
     kept, changed = (t.tolist() for t in (module.identity_features, module.transform_features))
     order = tuple(kept + changed)
     in_order = list(order) == sorted(order)
+    free = any_layout(module.transform_net)
 
     def apply(self: Any, inputs: Any, context: Any, inverse: bool) -> Any:
         x = taken(inputs, next(self.transform_net.parameters(), inputs), (2, 4), len(order))
@@ -186,7 +188,7 @@ def _coupling(module: Any, cls: Any, settings: dict[str, Any], channels_out: int
         if not in_order:
             both = torch.cat([self.identity_features, self.transform_features])
             x = x.index_select(1, both)
-        h = self.transform_net(x[:, : len(kept)], context)
+        h = self.transform_net(for_network(x[:, : len(kept)], free), context)
         y, logdet = coupled(x, h, inverse, split=len(kept), **settings)
         return y if both is None else y.index_select(1, both.argsort()), logdet
 
@@ -199,7 +201,7 @@ def _coupling(module: Any, cls: Any, settings: dict[str, Any], channels_out: int
     return Candidate(
         f"{cls.__name__}.forward, inverse",
         "affine_coupling",
-        ("nflows.coupling", cls, order, settings["scale"]),
+        ("nflows.coupling", cls, order, settings["scale"], free),
         {"forward": forward, "inverse": inverse},
         _BOTH,
         (2, len(order), 3, 2),

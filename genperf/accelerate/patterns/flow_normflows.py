@@ -16,6 +16,7 @@ from genperf.accelerate._flow import (
     Affine,
     Matrix,
     coupled,
+    for_network,
     hooked,
     initialised,
     known,
@@ -23,7 +24,7 @@ from genperf.accelerate._flow import (
     taken,
     transformed,
 )
-from genperf.accelerate._flow_probe import Candidate, decided
+from genperf.accelerate._flow_probe import Candidate, any_layout, decided
 from genperf.accelerate._pattern import Match, Options, Refusal
 from genperf.ops.invertible_conv1x1 import PLU
 
@@ -211,6 +212,7 @@ def _coupling(module: Any, cls: Any, options: Options) -> Iterator[Match | Refus
         yield Refusal(was, f"split mode {split.mode!r} with scale map {coupling.scale_map!r} is not covered")
         return
     fixed, swapped = found
+    free = any_layout(module.flows[1].param_map)
 
     def apply(self: Any, z: Any, inverse: bool) -> Any:
         net = self.flows[1].param_map
@@ -218,7 +220,7 @@ def _coupling(module: Any, cls: Any, options: Options) -> Iterator[Match | Refus
         if x is None or hooked(*self.flows):
             return (cls.inverse if inverse else cls.forward)(self, z)
         parts = x.chunk(2, 1)
-        h = net(parts[0 if fixed["transformed"] == "second" else 1])
+        h = net(for_network(parts[0 if fixed["transformed"] == "second" else 1], free))
         return coupled(x, h, inverse != swapped, split=parts[0].shape[1], **fixed)
 
     def forward(self: Any, z: Any) -> Any:
@@ -236,7 +238,7 @@ def _coupling(module: Any, cls: Any, options: Options) -> Iterator[Match | Refus
             Candidate(
                 was,
                 "affine_coupling",
-                ("normflows.coupling", cls, tuple(sorted(fixed.items()))),
+                ("normflows.coupling", cls, tuple(sorted(fixed.items())), free),
                 {"forward": forward, "inverse": inverse},
                 _BOTH,
                 (2, odd_first + second, 3, 2),

@@ -13,8 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genperf.accelerate._flow import Affine, Matrix, coupled, hooked, initialised, pair_of, taken, transformed
-from genperf.accelerate._flow_probe import Candidate, decided
+from genperf.accelerate._flow import (
+    Affine,
+    Matrix,
+    coupled,
+    for_network,
+    hooked,
+    initialised,
+    pair_of,
+    taken,
+    transformed,
+)
+from genperf.accelerate._flow_probe import Candidate, any_layout, decided
 from genperf.accelerate._pattern import Match, Options, Refusal
 from genperf.ops.invertible_conv1x1 import PLU
 
@@ -159,10 +169,10 @@ def _convolution(module: Any, cls: Any) -> Candidate:
 def _couplings(module: Any, cls: Any) -> Iterator[Candidate]:
     for affine, settings in _COUPLINGS:
         if affine == module.affine:
-            yield _coupling(cls, affine, settings)
+            yield _coupling(cls, affine, settings, any_layout(module.net))
 
 
-def _coupling(cls: Any, affine: bool, settings: dict[str, Any]) -> Candidate:
+def _coupling(cls: Any, affine: bool, settings: dict[str, Any], free: bool) -> Candidate:
     def of(self: Any, x: Any) -> Tensor | None:
         x = taken(x, next(self.net.parameters(), x)) if self.affine == affine else None
         return None if x is None or x.shape[1] % 2 else x
@@ -171,19 +181,19 @@ def _coupling(cls: Any, affine: bool, settings: dict[str, Any]) -> Candidate:
         x = of(self, input)
         if x is None:
             return cls.forward(self, input)
-        y, logdet = coupled(x, self.net(x.chunk(2, 1)[0]), **settings)
+        y, logdet = coupled(x, self.net(for_network(x.chunk(2, 1)[0], free)), **settings)
         return y, logdet if affine else None
 
     def reverse(self: Any, output: Tensor) -> Any:
         y = of(self, output)
         if y is None:
             return cls.reverse(self, output)
-        return coupled(y, self.net(y.chunk(2, 1)[0]), inverse=True, **settings)[0]
+        return coupled(y, self.net(for_network(y.chunk(2, 1)[0], free)), inverse=True, **settings)[0]
 
     return Candidate(
         f"{cls.__name__}.forward, reverse",
         "affine_coupling",
-        ("rosinality.coupling", cls, tuple(sorted(settings.items()))),
+        ("rosinality.coupling", cls, tuple(sorted(settings.items())), free),
         {"forward": forward, "reverse": reverse},
         _BOTH,
         (2, 6, 3, 2),

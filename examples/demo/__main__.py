@@ -33,6 +33,7 @@ def main() -> int:
     if unknown := set(given.parts) - set(known):
         parser.error(f"no part is named {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
     warnings.filterwarnings("ignore", module="pythae|diffusers|pydantic")
+    warnings.filterwarnings("ignore", message="torch.lu is deprecated")
     given.output.mkdir(parents=True, exist_ok=True)
 
     start = time.perf_counter()

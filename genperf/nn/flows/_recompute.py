@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 _Result = TypeVar("_Result")
+RandomStates = tuple[Tensor, Tensor | None] | None
+
+
+class Slot(NamedTuple):
+    """Where a module holds a parameter: in one of its parts' dictionaries, under a name."""
+
+    owner: dict[str, nn.Parameter | None]
+    name: str
+    parameter: nn.Parameter
+
+
+def slots_of(module: nn.Module) -> list[Slot]:
+    return [
+        Slot(part._parameters, name, parameter)
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if parameter is not None
+    ]
+
+
+def random_states(device: torch.device) -> RandomStates:
+    """Of the CPU's and the device's default generator; None while a CUDA graph is captured."""
+    if device.type != "cuda":
+        return torch.get_rng_state(), None
+    if torch.cuda.is_current_stream_capturing():
+        return None  # a graph's random state is no number until it is replayed
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device)
 
 
 class Surroundings:
@@ -20,18 +47,23 @@ class Surroundings:
     ``recomputed`` where it says that no other part changes its own. Autocast's cache of cast parameters is
     not used in either run: what it holds from a run without gradients would cut the parameters from the
     graph.
+
+    Args:
+        slots: the parameters.
+        random: the random states as they are.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device, slots: list[Slot], random: RandomStates
+    ) -> None:
         kind = device.type
         self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), kind
         self._device = device
-        self._random: tuple[Tensor, Tensor | None] | None = self._random_states()
+        self._random, self._slots = random, slots
         buffers = getattr(module, "recomputed", module).buffers() if module.training else ()
         self._buffers = {id(buffer): buffer.clone() for buffer in buffers}
         if self._random is None:
             self._check_capture(module)
-        self.parameters: dict[str, nn.Parameter] = {}
         self._versions: list[int | None] = []
 
     def _check_capture(self, module: nn.Module) -> None:
@@ -43,27 +75,23 @@ class Surroundings:
                 "expected reversible=False, or no dropout"
             )
 
-    def _random_states(self) -> tuple[Tensor, Tensor | None] | None:
-        if self._device.type != "cuda":
-            return torch.get_rng_state(), None
-        if torch.cuda.is_current_stream_capturing():
-            return None  # a graph's random state is no number until it is replayed
-        return torch.get_rng_state(), torch.cuda.get_rng_state(self._device)
+    def ran(self) -> RandomStates:
+        """Keep the random states only where the call drew from them; note the parameters' versions.
 
-    def ran(self, module: nn.Module) -> None:
-        """Keep the random state only where the call drew from it; note the parameters and their versions."""
-        before = self._random
-        if before is not None:
-            after = self._random_states()
-            assert after is not None
-            if all(_same(a, b) for a, b in zip(before, after, strict=True)):
-                self._random = None
-        self.parameters = dict(module.named_parameters(remove_duplicate=False))
-        self._versions = [None if p.is_inference() else p._version for p in self.parameters.values()]
+        Returns:
+            The random states as they are now.
+        """
+        before, after = self._random, random_states(self._device)
+        known = before is not None and after is not None
+        if known and all(_same(a, b) for a, b in zip(before, after, strict=True)):  # type: ignore[arg-type]
+            self._random = None
+        parameters = (slot.parameter for slot in self._slots)
+        self._versions = [None if p.is_inference() else p._version for p in parameters]
+        return after
 
     def check_unchanged(self, name: str) -> None:
         """RuntimeError where a parameter was written in place since the call, as autograd has it."""
-        for parameter, version in zip(self.parameters.values(), self._versions, strict=True):
+        for (_, _, parameter), version in zip(self._slots, self._versions, strict=True):
             if version is not None and parameter._version != version:
                 raise RuntimeError(
                     f"{name}: a parameter of shape {tuple(parameter.shape)} was modified in place between "
@@ -71,12 +99,12 @@ class Surroundings:
                 )
 
     def with_parameters(self, module: nn.Module, function: Callable[[], _Result]) -> _Result:
-        """``function()`` while the module has the parameters of the call, such as :func:`functional_call`
-        gave."""
-        now = dict(module.named_parameters(remove_duplicate=False))
-        if all(now.get(name) is parameter for name, parameter in self.parameters.items()):
+        """``function()`` with the parameters of the call, which may be those of a ``functional_call``."""
+        if all(slot.owner.get(slot.name) is slot.parameter for slot in self._slots):
             return function()
-        named: dict[str, Tensor] = {"module." + name: p for name, p in self.parameters.items()}
+        prefixes = {id(part._parameters): f"module.{name}." for name, part in module.named_modules()}
+        prefixes[id(module._parameters)] = "module."
+        named: dict[str, Tensor] = {prefixes[id(s.owner)] + s.name: s.parameter for s in self._slots}
         return torch.func.functional_call(_Meanwhile(module, function), named, ())
 
     @contextlib.contextmanager
@@ -92,7 +120,7 @@ class Surroundings:
             if self._random is None:
                 yield
                 return
-            now = self._random_states()
+            now = random_states(self._device)
             try:
                 self._set_random(self._random)
                 yield
@@ -107,6 +135,8 @@ class Surroundings:
 
     def buffers_of(self, module: nn.Module) -> dict[str, Tensor]:
         """The module's buffers as they were, in tensors of their own: running averages move once only."""
+        if not self._buffers:
+            return {}
         named = module.named_buffers(remove_duplicate=False)
         return {name: self._buffers[id(b)].clone() for name, b in named if id(b) in self._buffers}
 

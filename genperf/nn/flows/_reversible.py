@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from genperf.nn.flows._recompute import Recompute, Surroundings
+from genperf.nn.flows._recompute import RandomStates, Recompute, Surroundings, random_states, slots_of
 from genperf.nn.flows._reconstruction import Probes
 
 
@@ -38,6 +38,7 @@ class Pass:
         conditions: the keyword arguments; ``tensors`` names those that are tensors of a floating dtype.
         probes: a few elements of each step's input.
         rebuilt: the output of the step whose turn it is in the backward pass.
+        random: the random states before the step whose turn it is in the forward pass.
     """
 
     def __init__(
@@ -50,14 +51,17 @@ class Pass:
         self.steps, self.stored, self.conditions, self.probes = steps, stored, dict(conditions), probes
         self.tensors = [n for n, c in conditions.items() if isinstance(c, Tensor) and c.is_floating_point()]
         self.rebuilt: Tensor | None = None
+        self.random: RandomStates = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logdet = torch.zeros(x.shape[0], device=x.device, dtype=x.dtype)
         inputs = [self.conditions[name] for name in self.tensors]
         self.conditions.update({n: c.detach() for n, c in zip(self.tensors, inputs, strict=True)})
+        self.random = random_states(x.device)
         for index, step in enumerate(self.steps):
-            parameters = [p for p in step.parameters() if p.requires_grad]
-            x, logdet = _Step.apply(self, index, parameters, x, logdet, *inputs, *parameters)
+            slots = slots_of(step)
+            parameters = list(dict.fromkeys(s.parameter for s in slots if s.parameter.requires_grad))
+            x, logdet = _Step.apply(self, index, slots, parameters, x, logdet, *inputs, *parameters)
         return x, logdet
 
     def reverse(
@@ -99,15 +103,15 @@ class _Step(torch.autograd.Function):
     alone."""
 
     @staticmethod
-    def forward(ctx, run, index, parameters, x, logdet, *tensors):
+    def forward(ctx, run, index, slots, parameters, x, logdet, *tensors):
         ctx.set_materialize_grads(False)
         step = run.steps[index]
         if run.probes is not None:
             run.probes.observe(index, x)
-        ctx.surroundings = Surroundings(step, x.device)
+        ctx.surroundings = Surroundings(step, x.device, slots, run.random)
         with ctx.surroundings.autocast():
             z, change = output_of(step, index, step(x, **run.conditions))
-        ctx.surroundings.ran(step)
+        run.random = ctx.surroundings.ran()
         z = z if z.dtype in (torch.float32, torch.float64) else z.float()
         z = z.view_as(z) if z is x else z
         ctx.run, ctx.index, ctx.parameters = run, index, parameters
@@ -130,7 +134,7 @@ class _Step(torch.autograd.Function):
         if x is None:
             z = saved.pop(0) if ctx.has_z else run.rebuilt
         run.rebuilt = None
-        _, _, _, wants_x, _, *wanted = ctx.needs_input_grad
+        _, _, _, _, wants_x, _, *wanted = ctx.needs_input_grad
         conditions = dict(run.conditions)
         for key, tensor, wants in zip(run.tensors, saved, wanted, strict=False):
             conditions[key] = tensor.detach().requires_grad_(wants)
@@ -144,7 +148,7 @@ class _Step(torch.autograd.Function):
             run.rebuilt = result.x
         by_condition = [result.conditions.get(key) for key in run.tensors]
         by_parameter = [result.parameters.get(p) for p in ctx.parameters]
-        return None, None, None, result.grad_x, grad_logdet, *by_condition, *by_parameter
+        return None, None, None, None, result.grad_x, grad_logdet, *by_condition, *by_parameter
 
 
 def output_of(step: nn.Module, index: int, output: Any) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,11 @@
 """What reversible training costs and what it notices: memory, operations, errors of what it rebuilds."""
 
 import copy
+import importlib.util
 import pickle
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,3 +200,25 @@ def test_copies_between_passes():
     step_of(model, torch.randn(3, 4, 8, 8))  # errors wait to be read
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         step_of(other, torch.randn(3, 4, 8, 8))
+
+
+def test_tool_measures_all_variants(monkeypatch, capsys):
+    path = Path(__file__).parents[3] / "tools" / "glow_training.py"
+    spec = importlib.util.spec_from_file_location("genperf_glow_training", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    sizes = ["--steps", "4", "--rounds", "1", "--batch", "2", "--size", "4", "--hidden", "8"]
+    monkeypatch.setattr(sys, "argv", ["glow_training.py", *sizes])
+    threads = torch.get_num_threads()
+    tool.main()
+    torch.set_num_threads(threads)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    table = {row[0]: row for row in rows[2:]}
+    assert table.keys() == tool.VARIANTS.keys()
+    reads, by_x, by_parameters = (
+        rows[0].index(name) for name in ("host reads", "error of dx", "of parameters")
+    )
+    assert table["eager"][reads] == "4"
+    for name in ("activations kept", "activations rebuilt"):
+        assert table[name][reads] == "0"
+        assert max(float(table[name][column]) for column in (by_x, by_parameters)) < 1e-5

@@ -296,6 +296,20 @@ def test_command_line(monkeypatch, tmp_path, capsys):
     assert {(row.provider, row.commit) for row in again.rows} == {("eager", "abc")}
 
 
+def test_several_numbers_of_threads(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "discover", lambda: [_toy()])
+    before = torch.get_num_threads()
+    arguments = ["--device", "cpu", "--threads", "1,2,1", "--quick", "--mode", "fwd"]
+    assert cli.main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    assert torch.get_num_threads() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out.json", "out_2_threads.json"}
+    for threads, name in ((1, "out.json"), (2, "out_2_threads.json")):
+        assert {row.threads for row in Results.load(tmp_path / name).rows} == {threads}
+    assert capsys.readouterr().out.count("squares") >= 2
+    with pytest.raises(SystemExit):
+        cli.main(["--threads", "1,0"])
+
+
 def test_command_line_fails_where_a_check_fails(monkeypatch, capsys):
     monkeypatch.setattr(cli, "discover", lambda: [_toy(**{"peer/wrong": _wrong_value})])
     assert cli.main(["--device", "cpu", "--quick", "--mode", "fwd"]) == 1

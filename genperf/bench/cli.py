@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def _bench(arguments: Sequence[str]) -> int:
     what = "ops to measure, or a group of them such as 'sampling' (default: all that are in no group)"
     parser.add_argument("ops", nargs="*", metavar="OP", help=what)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
+    several = "CPU threads (default: torch's); of several, such as 1,2, each has a table and a file"
+    parser.add_argument("--threads", type=_positives, metavar="N[,N]", default=(None,), help=several)
     parser.add_argument("--quick", action="store_true", help="few runs, and no torch.compile")
     parser.add_argument("--json", metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--shape", metavar="FILTER", help="shapes to measure, such as '64x*'")
@@ -61,7 +63,6 @@ def _bench(arguments: Sequence[str]) -> int:
 
     options = Options(
         device=given.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        threads=given.threads,
         quick=given.quick,
         shape=given.shape,
         dtype=given.dtype,
@@ -80,13 +81,21 @@ def _bench(arguments: Sequence[str]) -> int:
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
-    results = _run_with_progress(benchmarks, options, sum(len(modes) for _, _, modes in planned))
-    if given.json:
-        results.save(given.json)
-    print(terminal(results))
-    if results.header.get("interrupted"):
-        return 130
-    return 0 if all(row.ok for row in results.rows) else 1
+    total, ok = sum(len(modes) for _, _, modes in planned), True
+    for threads in given.threads:
+        results = _run_with_progress(benchmarks, dataclasses.replace(options, threads=threads), total)
+        if given.json:
+            results.save(_file_of(Path(given.json), threads, given.threads[0]))
+        print(terminal(results))
+        if results.header.get("interrupted"):
+            return 130
+        ok &= all(row.ok for row in results.rows)
+    return 0 if ok else 1
+
+
+def _file_of(path: Path, threads: int | None, first: int | None) -> Path:
+    """``FILE.json``, and ``FILE_2_threads.json`` for another number than the first."""
+    return path if threads == first else path.with_stem(f"{path.stem}_{threads}_threads")
 
 
 def _select(benchmarks: list[Benchmark], ops: list[str]) -> list[Benchmark]:
@@ -182,6 +191,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
     return value
+
+
+def _positives(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
 
 
 def _percent(text: str) -> float:

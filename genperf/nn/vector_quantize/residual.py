@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,44 @@ from genperf.nn.vector_quantize.codebook import update
 from genperf.nn.vector_quantize.vector_quantize import VectorQuantize
 
 
-class ResidualVQ(nn.Module):
+class _Residual(nn.Module):
+    """The call of a quantizer whose ``quantize`` leaves the update of its codewords to be done."""
+
+    draw_cutoff: Callable[..., Tensor | None]
+    quantize: Callable[..., tuple[Tensor, Tensor, Tensor, Observed]]
+    get_codes_from_indices: Callable[[Tensor], Tensor]
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        return_all_codes: bool = False,
+        freeze_codebook: bool | None = None,
+        rand_quantize_dropout_fixed_seed: int | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Quantize; in training, update the codewords too.
+
+        Args:
+            x: [B, *, dim], or [B, dim, H, W] with ``accept_image_fmap``.
+            mask, freeze_codebook: as of :class:`VectorQuantize`.
+            return_all_codes: whether to return the codewords of each stage too.
+            rand_quantize_dropout_fixed_seed: of the number of stages kept by dropout.
+
+        Returns:
+            ``quantized``, shape and dtype of x; ``indices``, int64 [B, *, Q], -1 for stages left out;
+            ``losses`` [Q], 0 for these; and, if asked for, the codewords [Q, B, *, D]. Of groups, which leave
+            out the same stages: [G, B, *, Q], [G, Q] and [G, Q, B, *, D].
+        """
+        cutoff = self.draw_cutoff(x.device, rand_quantize_dropout_fixed_seed)
+        *result, observed = self.quantize(x, mask, freeze_codebook, cutoff)
+        update(observed)
+        if return_all_codes:
+            result.append(self.get_codes_from_indices(result[1]))
+        return tuple(result)
+
+
+class ResidualVQ(_Residual):
     """Stages of vector quantization, each of what the ones before left (arXiv:2107.03312, algorithm 1).
 
     Call-compatible with ``ResidualVQ`` of vector-quantize-pytorch 1.32 for the options below, and with its
@@ -140,34 +178,6 @@ class ResidualVQ(nn.Module):
             last = torch.full((), random.Random(seed).randrange(low, high), device=device)
         return (last + multiple) // multiple * multiple - 1
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        *,
-        return_all_codes: bool = False,
-        freeze_codebook: bool | None = None,
-        rand_quantize_dropout_fixed_seed: int | None = None,
-    ) -> tuple[Tensor, ...]:
-        """Quantize; in training, update the codewords too.
-
-        Args:
-            x: [B, *, dim], or [B, dim, H, W] with ``accept_image_fmap``.
-            mask, freeze_codebook: as of :class:`VectorQuantize`.
-            return_all_codes: whether to return the codewords of each stage too.
-            rand_quantize_dropout_fixed_seed: of the number of stages kept by dropout.
-
-        Returns:
-            ``quantized``, shape and dtype of x; ``indices``, int64 [B, *, Q], -1 for stages left out;
-            ``losses`` [Q], 0 for these; and, if asked for, the codewords [Q, B, *, D].
-        """
-        cutoff = self.draw_cutoff(x.device, rand_quantize_dropout_fixed_seed)
-        *result, observed = self.quantize(x, mask, freeze_codebook, cutoff)
-        update(observed)
-        if return_all_codes:
-            result.append(self.get_codes_from_indices(result[1]))
-        return tuple(result)
-
     def quantize(
         self, x: Tensor, mask: Tensor | None, frozen: bool | None, cutoff: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Observed]:
@@ -229,7 +239,7 @@ class ResidualVQ(nn.Module):
         return total, torch.stack(indices, dim=-1), torch.stack(losses), observed
 
 
-class GroupedResidualVQ(nn.Module):
+class GroupedResidualVQ(_Residual):
     """Residual quantization of each group of channels (D. Yang et al., "HiFi-Codec", arXiv:2305.02765).
 
     Call-compatible with ``GroupedResidualVQ`` of vector-quantize-pytorch 1.32 for the options of
@@ -278,32 +288,15 @@ class GroupedResidualVQ(nn.Module):
         outputs = [rvq.get_output_from_indices(one) for rvq, one in zip(self._groups, indices, strict=True)]
         return torch.cat(outputs, dim=-1)
 
-    def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None = None,
-        *,
-        return_all_codes: bool = False,
-        freeze_codebook: bool | None = None,
-        rand_quantize_dropout_fixed_seed: int | None = None,
-    ) -> tuple[Tensor, ...]:
-        """As :meth:`ResidualVQ.forward`; dropout keeps the same stages in all groups.
+    def draw_cutoff(self, device: torch.device, seed: int | None = None) -> Tensor | None:
+        """As of :class:`ResidualVQ`; the same for all groups."""
+        return self._groups[0].draw_cutoff(device, seed)
 
-        Returns:
-            ``quantized``, shape and dtype of x; ``indices``, int64 [G, B, *, Q]; ``losses`` [G, Q]; and, if
-            asked for, the codewords [G, Q, B, *, D].
-        """
-        _checks.check_input(x, self.dim, self.split_dim % x.dim(), "GroupedResidualVQ")
-        cutoff = self._groups[0].draw_cutoff(x.device, rand_quantize_dropout_fixed_seed)
-        *result, observed = self._quantize(x, mask, freeze_codebook, cutoff)
-        update(observed)
-        if return_all_codes:
-            result.append(self.get_codes_from_indices(result[1]))
-        return tuple(result)
-
-    def _quantize(
+    def quantize(
         self, x: Tensor, mask: Tensor | None, frozen: bool | None, cutoff: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Observed]:
+        """As of :class:`ResidualVQ`."""
+        _checks.check_input(x, self.dim, self.split_dim % x.dim(), "GroupedResidualVQ")
         first = self._groups[0]
         if not first.has_projections and all(covers(layer) for rvq in self._groups for layer in rvq._stages):
             channel = self.split_dim % x.dim()

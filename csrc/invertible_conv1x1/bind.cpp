@@ -1,5 +1,6 @@
 #include "../common/binding.h"
 #include "invertible_conv1x1.h"
+#include "plu.h"
 
 namespace genperf {
 namespace {
@@ -25,9 +26,20 @@ InvertibleConv1x1Args backward(View grad_y, View grad_logdet, View source, View 
   return a;
 }
 
+PluArgs plu(View p, View lower, View upper, View sign, View log_s, View matrix) {
+  return {p, lower, upper, sign, log_s, matrix, View{}, View{}, View{}};
+}
+
+PluArgs plu_backward(View matrix, View p, View lower, View upper, View sign, View log_s, View grad_lower,
+                     View grad_upper, View grad_log_s) {
+  return {p, lower, upper, sign, log_s, matrix, grad_lower, grad_upper, grad_log_s};
+}
+
 const RegisterBinder binder([](pybind11::module_& cpu, pybind11::module_*) {
   cpu.def("invertible_conv1x1_forward", on_cpu(forward, invertible_conv1x1_forward_cpu));
   cpu.def("invertible_conv1x1_backward", on_cpu(backward, invertible_conv1x1_backward_cpu));
+  cpu.def("plu_matrix", on_cpu(plu, plu_matrix_cpu));
+  cpu.def("plu_matrix_backward", on_cpu(plu_backward, plu_matrix_backward_cpu));
 });
 
 }  // namespace

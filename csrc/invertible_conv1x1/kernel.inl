@@ -4,6 +4,7 @@
 // tiles of the packed matrix while they are in the first-level cache, and written once. For the gradient of
 // the matrix a block of positions is kept, the gradients as panels and the inputs as rows, of which no sum is
 // broken off.
+#include "factors.h"
 #include "mixing.h"
 #include "positions.h"
 

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from genperf import _backend
 from genperf._op import Operator
-from genperf.ops._invertible_conv1x1_reference import reference, reference_backward, reference_reverse
+from genperf.ops._invertible_conv1x1_reference import (
+    PLU,
+    reference,
+    reference_backward,
+    reference_plu,
+    reference_plu_backward,
+    reference_reverse,
+)
 
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -129,3 +136,70 @@ reverse_op = Operator(
 )
 reverse_op.implement("cpu", _cpu_reverse, _refuses)
 reverse_op.implement("triton", _triton_reverse, _refuses)
+
+
+def _plu_outputs(p, lower, upper, sign, log_s):
+    return lower.new_empty(lower.shape)
+
+
+def _plu_gradients(grad, p, lower, upper, sign, log_s):
+    return tuple(t.new_empty(t.shape) for t in (lower, upper, log_s))
+
+
+def _plu_cpu(*plu):
+    matrix = _plu_outputs(*plu)
+    _backend.native.cpu.plu_matrix(*_contiguous(*plu), matrix)  # type: ignore[union-attr]
+    return matrix
+
+
+def _plu_cpu_backward(grad, *plu):
+    grads = _plu_gradients(grad, *plu)
+    _backend.native.cpu.plu_matrix_backward(*_contiguous(grad, *plu), *grads)  # type: ignore[union-attr]
+    return grads
+
+
+def _refuses_plu(matrix: Tensor, *_: Any) -> str | None:
+    if matrix.dtype != torch.float32:
+        return f"{matrix.dtype} is left to the reference"
+    return f"{len(matrix)} channels, at most 512 are faster" if len(matrix) > 512 else None
+
+
+def on_any_backend(op: Operator, *args: Any) -> Any:
+    """Run an op of matrices alone; by the reference where a backend was asked for that it does not have."""
+    forced = _backend.forced()
+    return op(*args) if forced is None or forced in op.backends else op.reference(*args)
+
+
+_FACTORS = "Tensor p, Tensor lower, Tensor upper, Tensor sign, Tensor log_s"
+_plu_op = Operator("plu_matrix", f"({_FACTORS}) -> Tensor", reference_plu, _plu_outputs)
+_plu_op.implement("cpu", _plu_cpu, _refuses_plu)
+_plu_backward_op = Operator(
+    "plu_matrix_backward",
+    f"(Tensor grad, {_FACTORS}) -> (Tensor grad_lower, Tensor grad_upper, Tensor grad_log_s)",
+    reference_plu_backward,
+    _plu_gradients,
+)
+_plu_backward_op.implement("cpu", _plu_cpu_backward, _refuses_plu)
+
+
+class _Assemble(torch.autograd.Function):
+    """Saves the factors as they are given."""
+
+    @staticmethod
+    def forward(ctx, *plu):
+        ctx.save_for_backward(*plu)
+        return on_any_backend(_plu_op, *plu)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            grads = reference_plu_backward(grad, *ctx.saved_tensors)
+        else:
+            grads = on_any_backend(_plu_backward_op, grad, *ctx.saved_tensors)
+        of_lower, of_upper, of_log_s = grads
+        return None, of_lower, of_upper, None, of_log_s
+
+
+def assemble(plu: PLU) -> Tensor:
+    """The matrix, computed in float64 and rounded."""
+    return _Assemble.apply(*plu)

@@ -27,11 +27,6 @@ class PLU(NamedTuple):
     log_s: Tensor
 
 
-def assemble(plu: PLU) -> Tensor:
-    """The matrix, computed in float64 and rounded."""
-    return _Assemble.apply(*plu)
-
-
 def _factors(plu: PLU) -> PLU:
     """In float64, with what is not read in them filled in; ``log_s`` is the diagonal itself."""
     diagonal = plu.sign_s.double() * plu.log_s.double().exp()
@@ -40,24 +35,18 @@ def _factors(plu: PLU) -> PLU:
     return PLU(plu.p.double(), lower, upper, plu.sign_s, diagonal)
 
 
-class _Assemble(torch.autograd.Function):
-    """Saves the factors as they are given."""
+def reference_plu(*plu):
+    """The matrix, computed in float64 and rounded."""
+    f = _factors(PLU(*plu))
+    return (f.p @ f.l @ f.u).to(f.sign_s.dtype)
 
-    @staticmethod
-    def forward(ctx, *plu):
-        ctx.save_for_backward(*plu)
-        f = _factors(PLU(*plu))
-        return (f.p @ f.l @ f.u).to(f.sign_s.dtype)
 
-    @staticmethod
-    def backward(ctx, grad):
-        f = _factors(PLU(*ctx.saved_tensors))
-        inner = f.p.mT @ grad.double()
-        of_upper = f.l.mT @ inner
-        of_log_s = of_upper.diagonal() * f.log_s
-        grads = (inner @ f.u.mT).tril(-1), of_upper.triu(1), of_log_s
-        of_lower, of_upper, of_log_s = (g.to(grad.dtype) for g in grads)
-        return None, of_lower, of_upper, None, of_log_s
+def reference_plu_backward(grad, *plu):
+    f = _factors(PLU(*plu))
+    inner = f.p.mT @ grad.double()
+    of_upper = f.l.mT @ inner
+    grads = (inner @ f.u.mT).tril(-1), of_upper.triu(1), of_upper.diagonal() * f.log_s
+    return tuple(g.to(grad.dtype) for g in grads)
 
 
 def _exact_products(x: Tensor) -> Any:

@@ -14,8 +14,14 @@ from torch import Tensor
 
 from genperf import _backend
 from genperf.ops._invertible_conv1x1_checks import Checked, check, check_slogdet
-from genperf.ops._invertible_conv1x1_ops import backward_op, forward_op, reverse_op
-from genperf.ops._invertible_conv1x1_reference import PLU, assemble, reference_backward
+from genperf.ops._invertible_conv1x1_ops import (
+    assemble,
+    backward_op,
+    forward_op,
+    on_any_backend,
+    reverse_op,
+)
+from genperf.ops._invertible_conv1x1_reference import PLU, reference_backward
 from genperf.ops.slogdet_inverse import _op as _slogdet_op
 from genperf.ops.slogdet_inverse import slogdet_inverse
 
@@ -89,14 +95,9 @@ def _differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _elimination_runs() -> bool:
-    """Not where a backend is asked for that has none; the elimination is left to the reference then."""
-    forced = _backend.forced()
-    return forced is None or forced in _slogdet_op.backends
-
-
 def _inverse_of(matrix: Tensor) -> Tensor:
-    if _elimination_runs():
+    forced = _backend.forced()
+    if forced is None or forced in _slogdet_op.backends:
         return slogdet_inverse(matrix).inverse
     with _backend.backend("reference"):
         return slogdet_inverse(matrix).inverse
@@ -104,9 +105,8 @@ def _inverse_of(matrix: Tensor) -> Tensor:
 
 def _of_dense(x, weight, shift, scale, lengths, log, inverse, want_transpose):
     """Output, log-determinant, and the transposed inverse of the weight if it is wanted."""
-    eliminate = _slogdet_op if _elimination_runs() else _slogdet_op.reference
-    _, logabsdet, undo, transpose, _ = eliminate(
-        weight.reshape(-1), [len(weight)], inverse, inverse or want_transpose
+    _, logabsdet, undo, transpose, _ = on_any_backend(
+        _slogdet_op, weight.reshape(-1), [len(weight)], inverse, inverse or want_transpose
     )
     matrix = undo.view(weight.shape) if inverse else weight
     transpose = transpose.view(weight.shape) if want_transpose else None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genperf.accelerate._flow import Affine, Matrix, coupled, for_network, taken, transformed
+from genperf.accelerate._flow import ROWS, Affine, Matrix, coupled, for_network, taken, transformed
 from genperf.accelerate._flow_probe import Candidate, any_layout, decided
 from genperf.accelerate._pattern import Match, Options, Refusal
 from genperf.ops.slogdet_inverse import SlogdetInverse
@@ -31,7 +31,10 @@ def find(module: nn.Module, cls: Any, options: Options) -> Iterator[Match | Refu
     """Yield a match or a refusal for a module of the library, or what is written like one."""
     parameters = module._parameters
     if {"global_scale", "global_offset"} <= set(parameters) and "subnet" in module._modules:
-        yield from decided(module, cls, [_block(module, cls)], options)
+        if parameters["global_scale"].dim() == 2:  # type: ignore[union-attr]
+            yield Refusal(f"{cls.__name__}.forward", ROWS)
+        else:
+            yield from decided(module, cls, [_block(module, cls)], options)
     elif {"M", "M_inv", "logDetM"} <= set(parameters) and parameters["M"].dim() == 4:  # type: ignore[union-attr]
         yield from decided(module, cls, [_convolution(module, cls)], options)
 

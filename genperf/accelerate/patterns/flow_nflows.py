@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from genperf.accelerate._flow import (
+    ROWS,
     Affine,
     Matrix,
     coupled,
@@ -28,8 +29,7 @@ from genperf.accelerate._flow_probe import Candidate, any_layout, decided
 from genperf.accelerate._pattern import Match, Options, Refusal
 
 _FACTORS = {"lower_entries", "upper_entries", "unconstrained_upper_diag"}
-_FORWARD = {"forward": lambda m, x: m.forward(x)}
-_BOTH = {**_FORWARD, "inverse": lambda m, x: m.inverse(x)}
+_BOTH = {"forward": lambda m, x: m.forward(x), "inverse": lambda m, x: m.inverse(x)}
 _COUPLINGS: dict[str, dict[str, Any]] = {
     "sigmoid": {"scale": "sigmoid", "eps": 1e-3, "form": "scale_shift"},
     "softplus": {"scale": "softplus", "form": "scale_shift"},
@@ -44,7 +44,10 @@ def find(module: nn.Module, cls: Any, options: Options) -> Iterator[Match | Refu
     if _is_actnorm(module):
         yield from decided(module, cls, [_actnorm(module, cls)], options)
     elif _is_linear(module):
-        yield from decided(module, cls, _linears(module, cls), options)
+        if _takes_rows(module):
+            yield Refusal(f"{cls.__name__}.forward, inverse", ROWS)
+        else:
+            yield from decided(module, cls, [_linear(module, cls)], options)
     elif _is_coupling(module):
         if module.unconditional_transform is not None:
             yield Refusal(f"{cls.__name__}.forward, inverse", "it transforms the other part, too")
@@ -76,11 +79,15 @@ def _is_coupling(module: Any) -> bool:
     )
 
 
+def _is_pair(actnorm: Any, linear: Any) -> bool:
+    return _is_actnorm(actnorm) and _is_linear(linear) and not _takes_rows(linear)
+
+
 def _has_pair(module: Any) -> bool:
     parts = module._modules.get("_transforms")
     if not isinstance(parts, nn.ModuleList) or set(module._modules) != {"_transforms"}:
         return False
-    return any(_is_actnorm(a) and _is_linear(b) for a, b in zip(parts, list(parts)[1:], strict=False))
+    return any(_is_pair(a, b) for a, b in zip(parts, list(parts)[1:], strict=False))
 
 
 def _actnorm(module: Any, cls: Any) -> Candidate:
@@ -118,28 +125,19 @@ def _set_initialised(module: Any) -> None:
 
 def _matrix(self: Any, inverse: bool) -> Matrix:
     """Of a transform; the factors tell the determinant without more."""
-    if "_weight" in self._parameters:
-        return Matrix(self._weight, self.bias)
-    weight = self.weight()
-    permutation = self._modules.get("permutation")
-    if permutation is not None:
-        weight = weight[:, permutation._permutation.argsort()]
+    weight = self.weight()[:, self.permutation._permutation.argsort()]
     return known(weight, self.logabsdet(), inverse, self.bias)
 
 
-def _dims(module: Any) -> int:
-    """How many dimensions its inputs have."""
-    return 4 if "permutation" in module._modules else 2
+def _takes_rows(module: Any) -> bool:
+    return "permutation" not in module._modules
 
 
-def _linears(module: Any, cls: Any) -> Iterator[Candidate]:
-    dims = _dims(module)
-
+def _linear(module: Any, cls: Any) -> Candidate:
     def apply(self: Any, inputs: Any, inverse: bool) -> Any:
-        x = taken(inputs, self.bias, (dims,), len(self.bias))
-        if x is None or (self.using_cache and not self.training) or hooked(*self.children()):
-            return None
-        return transformed(x, _matrix(self, inverse), inverse=inverse)
+        x = taken(inputs, self.bias, channels=len(self.bias))
+        matrix = None if x is None else of_channels(self, inverse)
+        return None if x is None or matrix is None else transformed(x, matrix, inverse=inverse)
 
     def forward(self: Any, inputs: Any, context: Any = None) -> Any:
         result = apply(self, inputs, False)
@@ -153,18 +151,13 @@ def _linears(module: Any, cls: Any) -> Iterator[Candidate]:
         cached = self.using_cache and not self.training
         return None if cached or hooked(*self.children()) else _matrix(self, inverse)
 
-    shape = (3, len(module.bias), 3, 2)[:dims]
-    methods: dict[str, Any] = {"forward": forward, "inverse": inverse, "_genperf_map": of_channels}
-    both = f"{cls.__name__}.forward, inverse"
-    yield Candidate(both, "invertible_conv1x1", ("nflows.linear", cls, dims), methods, _BOTH, shape)
-    # Where torch.solve is no more, the inverse of NaiveLinear does not run.
-    yield Candidate(
-        f"{cls.__name__}.forward",
+    return Candidate(
+        f"{cls.__name__}.forward, inverse",
         "invertible_conv1x1",
-        ("nflows.linear.forward", cls, dims),
-        {"forward": forward},
-        _FORWARD,
-        shape,
+        ("nflows.linear", cls),
+        {"forward": forward, "inverse": inverse, "_genperf_map": of_channels},
+        _BOTH,
+        (3, len(module.bias), 3, 2),
     )
 
 
@@ -215,7 +208,7 @@ def _folded(x: Any, two: list[Any], inverse: bool) -> tuple[Tensor, Tensor] | No
         return None
     actnorm, matrix = reversed(two) if inverse else two
     pair = pair_of(actnorm, matrix, inverse)
-    x = None if pair is None else taken(x, matrix.bias, (_dims(matrix),), len(matrix.bias))
+    x = None if pair is None else taken(x, matrix.bias, channels=len(matrix.bias))
     return None if pair is None or x is None else transformed(x, *pair, inverse=inverse)
 
 
@@ -241,16 +234,14 @@ def _composition(module: Any, cls: Any) -> Candidate:
         return apply(self, inputs, context, True)
 
     parts = list(module._transforms)
-    at = next(i for i, t in enumerate(parts[:-1]) if _is_actnorm(t) and _is_linear(parts[i + 1]))
-    first = parts[at + 1]
-    shape = (2, len(first.bias), 4, 6)[: _dims(first)]
+    at = next(i for i, t in enumerate(parts[:-1]) if _is_pair(t, parts[i + 1]))
     return Candidate(
         f"{cls.__name__}.forward, inverse",
         "invertible_conv1x1, actnorm folded",
         ("nflows.composition", cls),
         {"forward": forward, "inverse": inverse},
         _BOTH,
-        shape,
+        (2, len(parts[at].shift), 4, 6),
         nets={
             f"_transforms.{i}.transform_net": len(t.transform_features) * t._transform_dim_multiplier()
             for i, t in enumerate(parts)

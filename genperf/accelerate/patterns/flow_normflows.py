@@ -6,6 +6,7 @@ call forward is that of ``inverse``. Log-determinants of actnorm and convolution
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from genperf.accelerate._flow import (
+    ROWS,
     Affine,
     Matrix,
     coupled,
     for_network,
     hooked,
     initialised,
-    known,
     pair_of,
     taken,
     transformed,
@@ -45,7 +46,10 @@ def find(module: nn.Module, cls: Any, options: Options) -> Iterator[Match | Refu
     if _is_actnorm(module):
         yield from decided(module, cls, [_actnorm(module, cls)], options)
     elif _is_matrix(module):
-        yield from decided(module, cls, [_convolution(module, cls), _rows(module, cls)], options)
+        if _takes_rows(cls):
+            yield Refusal(f"{cls.__name__}.forward, inverse", ROWS)
+        else:
+            yield from decided(module, cls, [_convolution(module, cls)], options)
     elif _is_coupling(module):
         yield from _coupling(module, cls, options)
     elif _is_block(module):
@@ -59,6 +63,11 @@ def _is_actnorm(module: Any) -> bool:
 
 def _is_matrix(module: Any) -> bool:
     return hasattr(module, "num_channels") and ("W" in module._parameters or _names(module) >= _FACTORS)
+
+
+def _takes_rows(cls: Any) -> bool:
+    """Whether it is the matrix of vectors, which alone may be given a context."""
+    return "context" in inspect.signature(cls.inverse).parameters
 
 
 def _is_coupling(module: Any) -> bool:
@@ -155,39 +164,6 @@ def _convolution(module: Any, cls: Any) -> Candidate:
         {"forward": forward, "inverse": inverse, "_genperf_map": lambda self, _: Matrix(_weight(self))},
         _BOTH,
         (2, _channels(module), 3, 2),
-    )
-
-
-def _rows(module: Any, cls: Any) -> Candidate:
-    """Rows times the matrix, with one log-determinant whatever the number of rows of a sample."""
-
-    def matrix(self: Any, inverse: bool) -> Matrix:
-        return (
-            Matrix(self.W.t())
-            if "W" in self._parameters
-            else known(self._assemble_W().t(), self.log_S.sum(), inverse)
-        )
-
-    def apply(self: Any, z: Any, context: Any, inverse: bool) -> Any:
-        x = taken(z, self.W if "W" in self._parameters else self.L, (2,))
-        if x is None:
-            return (cls.forward if inverse else cls.inverse)(self, z, context)
-        y, logdet = transformed(x, matrix(self, inverse), inverse=inverse, channel_dim=-1)
-        return y, logdet[0]
-
-    def forward(self: Any, z: Any, context: Any = None) -> Any:
-        return apply(self, z, context, True)
-
-    def inverse(self: Any, z: Any, context: Any = None) -> Any:
-        return apply(self, z, context, False)
-
-    return Candidate(
-        f"{cls.__name__}.forward, inverse",
-        "invertible_conv1x1",
-        ("normflows.rows", cls),
-        {"forward": forward, "inverse": inverse},
-        _BOTH,
-        (4, _channels(module)),
     )
 
 

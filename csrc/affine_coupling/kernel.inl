@@ -13,7 +13,7 @@ namespace {
 
 struct Chunk {
   const float *x, *t, *u, *t_scale, *u_scale, *mask, *grad_y, *grad_logdet;
-  float *y, *log_scale;                                     // forward
+  float *y, *term, *factor;                                 // forward
   float *grad_x, *grad_t, *grad_u, *rebuilt, *by_t, *by_u;  // backward; by_*: before h_scale, times h
 };
 
@@ -33,14 +33,16 @@ void forward_loop(const Chunk& chunk, int n, const CouplingParameters& parameter
     const auto s = coupling_factor<kScale>(u * p.prefactor, p);
     const Vf x = load(c.x + i);
     Vf y = kPre ? times<kReciprocal>(x + t, s.scale) : times<kReciprocal>(x, s.scale) + t;
-    Vf log_scale = kReciprocal ? -s.log_scale : s.log_scale;
+    Vf term = s.term, factor = s.factor;
     if (c.mask) {
       const auto kept = load(c.mask + i) > 0.0f;
-      y = select(kept, y, zero);
-      log_scale = select(kept, log_scale, zero);
+      y = select(kept, y, zero), term = select(kept, term, zero), factor = select(kept, factor, zero);
     }
     store(c.y + i, y);
-    if constexpr (kScale != CouplingScale::kAdditive) store(c.log_scale + i, log_scale);
+    if constexpr (kScale != CouplingScale::kAdditive) {
+      store(c.term + i, term);
+      store(c.factor + i, factor);
+    }
   }
 }
 
@@ -118,13 +120,12 @@ void affine_coupling_forward(const CouplingArgs& a) {
   const SampleChunks plan(walk.shape(), true);
   const View x = walk.of_state(a.x), y = walk.of_state(a.y), mask = walk.of_mask(a.mask);
   const Halves h = walk.of_h(a.h), scale = walk.of_channels(a.h_scale);
-  const bool sums = a.scale != CouplingScale::kAdditive;
   SampleSums logdet(a.logdet, plan, true);
 
   if (a.y.data != a.x.data) copy_others(a, a.x, a.y);
 #pragma omp parallel for schedule(static) if (plan.parallel())
   for (int64_t i = 0; i < plan.chunks; ++i) {
-    alignas(64) Buffer b_x, b_t, b_u, b_t_scale, b_u_scale, b_mask, b_y, b_log_scale;
+    alignas(64) Buffer b_x, b_t, b_u, b_t_scale, b_u_scale, b_mask, b_y, b_term, b_factor;
     const SampleChunks::Range r = plan.range(i);
     Chunk c{};
     c.x = read_chunk(x, r.start, r.n, b_x);
@@ -134,10 +135,15 @@ void affine_coupling_forward(const CouplingArgs& a) {
     c.u_scale = read_chunk(scale.u, r.start, r.n, b_u_scale);
     c.mask = read_chunk(mask, r.start, r.n, b_mask);
     c.y = open_chunk(y, r.start, r.n, b_y);
-    c.log_scale = b_log_scale;
+    c.term = b_term;
+    c.factor = b_factor;
     loop(c, r.n, p);
     close_chunk(y, r.start, r.n, c.y, b_y);
-    if (sums) logdet.add(r, b_log_scale);
+    if (a.scale == CouplingScale::kAdditive) continue;
+    logdet.add_by(r, [&](int first, int n) {
+      const double sum = log_scale_sum(b_term + first, b_factor + first, n, p);
+      return a.reciprocal ? -sum : sum;
+    });
   }
   logdet.write();
 }

@@ -57,11 +57,17 @@ class SampleSums {
   SampleSums& operator=(const SampleSums&) = delete;
 
   void add(const SampleChunks::Range& r, const float* values) {
+    add_by(r, [=](int first, int n) { return sum_chunk(values + first, n); });
+  }
+
+  // `sum(first, n)`: that of elements [first, first + n) of the chunk.
+  template <class Sum>
+  void add_by(const SampleChunks::Range& r, Sum sum) {
     if (!partial_) return;
     int n = static_cast<int>(r.n / r.count);
     int64_t column = plan_.samples_per_chunk > 1 ? 0 : (r.start - r.sample * plan_.per_sample) / kChunk;
     for (int64_t s = 0; s < r.count; ++s)
-      partial_[(r.sample + s) * columns() + column] = sum_chunk(values + s * n, n);
+      partial_[(r.sample + s) * columns() + column] = sum(static_cast<int>(s * n), n);
   }
 
   void write() const {

@@ -110,28 +110,42 @@ def _native_backward(grad_y, grad_logdet, v, h, h_scale, mask, grad_x, x, settin
     return grads
 
 
-def _cpu(x, h, h_scale, mask, *settings):
-    y = torch.empty_like(x)
-    return y, _native_forward(x, y, h, h_scale, mask, settings)
+def _triton_forward(x, y, h, h_scale, mask, settings):
+    from genperf.kernels.affine_coupling import affine_coupling_forward
+
+    return affine_coupling_forward(x, y, h, h_scale, mask, settings)
 
 
-def _cpu_in_place(x, h, h_scale, mask, *settings):
-    logdet = _native_forward(x, x, h, h_scale, mask, settings)
-    torch.autograd.graph.increment_version(x)
-    return logdet
+def _triton_backward(*args):
+    from genperf.kernels.affine_coupling import affine_coupling_backward
+
+    return affine_coupling_backward(*args)
 
 
-def _cpu_backward(grad_y, grad_logdet, v, h, h_scale, mask, *rest):
-    *settings, from_output, want_x = rest
-    grad_x, x = torch.empty_like(v), torch.empty_like(v) if want_x else None
-    args = (grad_y, grad_logdet, v, h, h_scale, mask, grad_x, x, settings, from_output)
-    return grad_x, *_native_backward(*args), x
+def _backend_of(forward, backward):
+    """The four ops, by a kernel for each direction that writes to the tensors it is given."""
 
+    def run(x, h, h_scale, mask, *settings):
+        y = torch.empty_like(x)
+        return y, forward(x, y, h, h_scale, mask, settings)
 
-def _cpu_reverse_in_place(grad_y, grad_logdet, y, h, h_scale, mask, *settings):
-    grads = _native_backward(grad_y, grad_logdet, y, h, h_scale, mask, grad_y, y, settings, True)
-    torch.autograd.graph.increment_version((grad_y, y))
-    return grads
+    def run_in_place(x, h, h_scale, mask, *settings):
+        logdet = forward(x, x, h, h_scale, mask, settings)
+        torch.autograd.graph.increment_version(x)
+        return logdet
+
+    def run_backward(grad_y, grad_logdet, v, h, h_scale, mask, *rest):
+        *settings, from_output, want_x = rest
+        grad_x, x = torch.empty_like(v), torch.empty_like(v) if want_x else None
+        args = (grad_y, grad_logdet, v, h, h_scale, mask, grad_x, x, settings, from_output)
+        return grad_x, *backward(*args), x
+
+    def run_reverse_in_place(grad_y, grad_logdet, y, h, h_scale, mask, *settings):
+        grads = backward(grad_y, grad_logdet, y, h, h_scale, mask, grad_y, y, settings, True)
+        torch.autograd.graph.increment_version((grad_y, y))
+        return grads
+
+    return run, run_in_place, run_backward, run_reverse_in_place
 
 
 _forward_op = Operator(
@@ -140,14 +154,12 @@ _forward_op = Operator(
     reference,
     _outputs,
 )
-_forward_op.implement("cpu", _cpu, _refuses)
 _in_place_op = Operator(
     "affine_coupling_in_place",
     f"(Tensor(a!) x, Tensor h, Tensor? h_scale, Tensor? mask, {SCHEMA}) -> Tensor logdet",
     reference_in_place,
     _logdet,
 )
-_in_place_op.implement("cpu", _cpu_in_place, _refuses)
 _backward_op = Operator(
     "affine_coupling_backward",
     "(Tensor grad_y, Tensor grad_logdet, Tensor v, Tensor h, Tensor? h_scale, Tensor? mask,"
@@ -156,7 +168,6 @@ _backward_op = Operator(
     reference_backward,
     _gradients,
 )
-_backward_op.implement("cpu", _cpu_backward, _refuses_backward)
 _reverse_in_place_op = Operator(
     "affine_coupling_reverse_in_place",
     "(Tensor(a!) grad_y, Tensor grad_logdet, Tensor(b!) y, Tensor h, Tensor? h_scale, Tensor? mask,"
@@ -164,7 +175,16 @@ _reverse_in_place_op = Operator(
     reference_reverse_in_place,
     lambda grad_y, grad_logdet, y, h, h_scale, *_: _gradients_of_h(h, h_scale),
 )
-_reverse_in_place_op.implement("cpu", _cpu_reverse_in_place, _refuses_backward)
+
+for _name, _functions in (
+    ("cpu", (_native_forward, _native_backward)),
+    ("triton", (_triton_forward, _triton_backward)),
+):
+    _run, _run_in_place, _run_backward, _run_reverse_in_place = _backend_of(*_functions)
+    _forward_op.implement(_name, _run, _refuses)
+    _in_place_op.implement(_name, _run_in_place, _refuses)
+    _backward_op.implement(_name, _run_backward, _refuses_backward)
+    _reverse_in_place_op.implement(_name, _run_reverse_in_place, _refuses_backward)
 
 
 class _AffineCoupling(torch.autograd.Function):

@@ -46,7 +46,7 @@ def _case(name, with_h_scale=False, with_mask=False, additive=False, **options):
         return h_scale + mask
 
     return Case(
-        name, function, inputs, constants, elementwise=False, backends=BACKENDS,
+        name, function, inputs, constants, elementwise=False, backends=(*BACKENDS, "triton"),
         per_sample=not with_h_scale, saves_outputs=True,
         shapes=tuple(s for s in SHAPES + EMPTY if len(s) > 1 and s[1] > 0),
     )  # fmt: skip

@@ -89,6 +89,7 @@ vq_nearest_l2 = Benchmark(
         Case((16384, 512, 8), modes=FORWARD),
         Case((16384, 1024, 128), torch.bfloat16, modes=FORWARD),
         Case((64, 1024, 256), modes=FORWARD),
+        Case((16, 1024, 64), modes=FORWARD),
         Case((1, 1024, 128), modes=FORWARD),
     ),
     inputs=inputs,

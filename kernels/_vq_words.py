@@ -35,12 +35,18 @@ def _repeated(bits: Tensor) -> Tensor:
     return torch.zeros_like(key, dtype=torch.bool).scatter(1, order[:, 1:], same)
 
 
-def prepare(codebook: Tensor, metric: int, padded: int, block_k: int, folded: bool = False) -> Words:
+def prepare(
+    codebook: Tensor, metric: int, padded: int, block_k: int, folded: bool = False, repeated: bool = False
+) -> Words:
+    """The codewords, and those that repeat an earlier one only if ``repeated``."""
     heads, n_words, dim = codebook.shape
     usable = codebook.isfinite().all(2)
     zero = torch.where(usable[:, :, None], codebook, 0.0)
     plain = zero.float() + 0.0  # 0 and -0 are one number
-    sought = usable & ~_repeated(torch.where(usable[:, :, None], plain, torch.inf).view(torch.int32).long())
+    sought = usable
+    if not repeated:
+        bits = torch.where(usable[:, :, None], plain, torch.inf).view(torch.int32)
+        sought = usable & ~_repeated(bits.long())
     words, number = zero.double(), usable.sum(1).clamp(min=1)
     if metric == COSINE.value:
         length = words.norm(dim=2, keepdim=True)

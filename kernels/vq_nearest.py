@@ -16,6 +16,7 @@ from torch import Tensor
 from ._tile import LAUNCH, Example, collapsed, offset_of, on_device_of
 from ._vq_exact import COSINE, DOT, L2, measure, rank_kernel
 from ._vq_search import NUMBERS, scores, search_kernel, tiny_search_kernel
+from ._vq_several import bounds_kernel, order_kernel
 from ._vq_words import FAR, FOLDED, LARGE, prepare
 
 CANDIDATES = 16  # of a vector that are ranked by name; beyond that, the whole codebook is
@@ -170,11 +171,11 @@ def _collect_kernel(
 @triton.jit
 def _distances_kernel(
     p_x, p_codebook, p_usable, p_kind, p_out, p_distances, sizes, strides, s_d, s_head, s_k, s_cd, N, K, D,
-    METRIC: tl.constexpr, BLOCK_D: tl.constexpr,
+    NEAREST: tl.constexpr, METRIC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row = tl.program_id(0).to(tl.int64) // NEAREST
     i_head = i_row // N
-    k = tl.load(p_out + i_row)
+    k = tl.load(p_out + tl.program_id(0))
     p_vector = p_x + offset_of(i_head, i_row - i_head * N, sizes, strides)
     p_word = p_codebook + i_head * s_head + k * s_k
     value, _ = measure(p_vector, s_d, p_word, s_cd, D, METRIC, BLOCK_D)
@@ -182,7 +183,7 @@ def _distances_kernel(
         square, _ = measure(p_vector, s_d, p_vector, s_d, D, DOT, BLOCK_D)
         value = tl.maximum(1.0 + value / tl.where(square == 0.0, 1.0, tl.sqrt(-square)), 0.0)
     usable = (tl.load(p_usable + i_head * K + k) != 0) & (tl.load(p_kind + i_row) != NOT_FINITE)
-    tl.store(p_distances + i_row, tl.where(usable, value + 0.0, float("nan")).to(tl.float32))
+    tl.store(p_distances + tl.program_id(0), tl.where(usable, value + 0.0, float("nan")).to(tl.float32))
 
 
 def _processors(x: Tensor) -> int:
@@ -192,13 +193,16 @@ def _processors(x: Tensor) -> int:
 def vq_nearest(
     x: Tensor, codebook: Tensor, metric: int, k: int, want_distances: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The torch op ``genperf::vq_nearest`` for k = 1."""
+    """The torch op ``genperf::vq_nearest``."""
     heads, n_words, dim = codebook.shape
-    shape, n = [*x.shape[:-1], 1], x[0].numel() // dim if heads else 0
+    shape, n = [*x.shape[:-1], k], x[0].numel() // dim if heads else 0
     rows = heads * n
     out = x.new_empty(shape, dtype=torch.int64)
     distances = x.new_empty(shape, dtype=torch.float32) if want_distances else None
     if rows == 0:
+        return out, distances
+    if k > 1:
+        _several(x, codebook, metric, out, distances)
         return out, distances
 
     tiny = dim + FOLDED <= 32
@@ -266,14 +270,60 @@ def vq_nearest(
             CANDIDATES=CANDIDATES, **by_row,
         )  # fmt: skip
         if distances is not None:
-            _distances_kernel[(rows,)](x, codebook, words.usable, kind, out, distances, *exact, **by_row)
+            _distances_kernel[(rows,)](
+                x, codebook, words.usable, kind, out, distances, *exact, NEAREST=1, **by_row
+            )
     return out, distances
 
 
-def _example(n: int, n_words: int, dim: int, metric: int = 0, dtype: torch.dtype = torch.float32) -> None:
+def _several(x: Tensor, codebook: Tensor, metric: int, out: Tensor, distances: Tensor | None) -> None:
+    """The nearest of each vector, to ``out`` [heads, *, k]: a score that they reach, candidates, their order."""
+    heads, n_words, dim = codebook.shape
+    nearest, n = out.shape[-1], x[0].numel() // dim
+    rows, named = heads * n, max(CANDIDATES, 2 * triton.next_power_of_2(nearest))
+    padded = max(16, triton.next_power_of_2(dim)) if dim <= 256 else -(-dim // 128) * 128
+    words = prepare(codebook, metric, padded, 128, repeated=True)
+    sizes, strides = collapsed(x)
+    half = x.new_empty(heads, n, padded, dtype=torch.float16)
+    scale, slack, threshold = (x.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    kind, found = (x.new_empty(rows, dtype=torch.int32) for _ in range(2))
+    listed, count = x.new_empty(rows, dtype=torch.int64), x.new_full((1,), rows, dtype=torch.int32)
+    candidates = x.new_empty(rows, named, dtype=torch.int32)
+    blocks = {"BLOCK_N": 32, "BLOCK_K": 128, "BLOCK_D": min(64, padded), "CANDIDATES": named}
+    by_row = {"METRIC": metric, "BLOCK_D": min(128, triton.next_power_of_2(dim)), **LAUNCH, "num_warps": 1}
+    by_row |= {"NEAREST": nearest}
+    exact = (sizes, strides, x.stride(-1), *codebook.stride(), n, n_words, dim)
+    launch, k_padded = {**LAUNCH, "num_warps": 8}, words.first.shape[1]
+    with on_device_of(x):
+        _vectors_kernel[(triton.cdiv(n, 16), heads)](
+            x, words.mean, words.facts, half, scale, slack, kind, sizes, strides, x.stride(-1), n, dim,
+            padded, METRIC=metric, FOLDS=False, BLOCK_R=16, BLOCK_D=min(128, padded), **LAUNCH,
+        )  # fmt: skip
+        bounds_kernel[(triton.cdiv(n, 32), heads)](
+            half, words.half, words.first, scale, slack, kind, threshold, listed, found, n, k_padded, padded,
+            NEAREST=nearest, SEARCHED=SEARCHED.value, NOT_FINITE=NOT_FINITE.value, **blocks, **launch,
+        )  # fmt: skip
+        for head in range(heads):
+            _collect_kernel[(triton.cdiv(rows, 32),)](
+                half, words.half, words.first, scale, threshold, listed, count, found, candidates, head, n,
+                k_padded, padded, **blocks, **launch,
+            )  # fmt: skip
+        order_kernel[(min(rows, 16 * _processors(x)),)](
+            x, codebook, words.usable, kind, found, candidates, out, *exact, rows,
+            NOT_FINITE=NOT_FINITE.value, CANDIDATES=named, **by_row,
+        )  # fmt: skip
+        if distances is not None:
+            _distances_kernel[(rows * nearest,)](
+                x, codebook, words.usable, kind, out, distances, *exact, **by_row
+            )
+
+
+def _example(
+    n: int, n_words: int, dim: int, metric: int = 0, dtype: torch.dtype = torch.float32, k: int = 1
+) -> None:
     """Launch on meta tensors."""
     x = torch.empty(1, n, dim, dtype=dtype, device="meta")
-    vq_nearest(x, torch.empty(1, n_words, dim, dtype=dtype, device="meta"), metric, 1, True)
+    vq_nearest(x, torch.empty(1, n_words, dim, dtype=dtype, device="meta"), metric, k, True)
 
 
 AOT = {
@@ -283,5 +333,8 @@ AOT = {
     "24, cosine": Example(partial(_example, 4096, 1024, 24, COSINE.value), wide=False),
     "128, cosine": Example(partial(_example, 4096, 1024, 128, COSINE.value), wide=False),
     "1024, product": Example(partial(_example, 4096, 1024, 1024, DOT.value), wide=False),
+    "64, five": Example(partial(_example, 16384, 512, 64, k=5), wide=False, quick=True),
+    "8, cosine, five": Example(partial(_example, 16384, 8192, 8, COSINE.value, k=5), wide=False),
+    "1024, product, 64": Example(partial(_example, 4096, 1024, 1024, DOT.value, k=64), wide=False),
     "one vector, bfloat16": Example(partial(_example, 1, 8192, 256, 0, torch.bfloat16), wide=False),
 }

@@ -188,10 +188,6 @@ def _triton(*args: Any) -> tuple[Tensor, Tensor | None]:
     return vq_nearest(*args)
 
 
-def _refuses_triton(x: Tensor, codebook: Tensor, metric: int, k: int, *_: Any) -> str | None:
-    return "it finds one codeword alone" if k > 1 else _refuses(x, codebook)
-
-
 _op = Operator(
     "vq_nearest",
     "(Tensor x, Tensor codebook, int metric, int k, bool want_distances)"
@@ -200,7 +196,7 @@ _op = Operator(
     _outputs,
 )
 _op.implement("cpu", _cpu, _refuses, direct=_direct)
-_op.implement("triton", _triton, _refuses_triton)
+_op.implement("triton", _triton, _refuses)
 
 
 def vq_nearest(
@@ -225,8 +221,8 @@ def vq_nearest(
     best, and only these are ranked again in float64 and, where that cannot tell them apart, in exact integers
     (docs/vector_quantization.md). The matrix [N, K] of distances is never made.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton`` for one codeword; ``reference`` (float64 in torch,
-    with a look at the host) for the rest. There is no CUDA C++ kernel: a product of matrices in float16 with
+    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton``; ``reference`` (float64 in torch, with a look at the
+    host) for the rest. There is no CUDA C++ kernel: a product of matrices in float16 with
     a short epilogue is what Triton is made for.
 
     A vector with a NaN or an infinity has no nearest codeword: its index is 0 (0, 1, ... for ``k``), and its

@@ -277,7 +277,7 @@ def vq_nearest(
 
 
 def _several(x: Tensor, codebook: Tensor, metric: int, out: Tensor, distances: Tensor | None) -> None:
-    """The nearest of each vector, to ``out`` [heads, *, k]: a score that they reach, candidates, their order."""
+    """The nearest of each vector, to ``out`` [heads, *, k]: a score that they reach, which do, the order."""
     heads, n_words, dim = codebook.shape
     nearest, n = out.shape[-1], x[0].numel() // dim
     rows, named = heads * n, max(CANDIDATES, 2 * triton.next_power_of_2(nearest))
@@ -301,7 +301,7 @@ def _several(x: Tensor, codebook: Tensor, metric: int, out: Tensor, distances: T
         )  # fmt: skip
         bounds_kernel[(triton.cdiv(n, 32), heads)](
             half, words.half, words.first, scale, slack, kind, threshold, listed, found, n, k_padded, padded,
-            NEAREST=nearest, SEARCHED=SEARCHED.value, NOT_FINITE=NOT_FINITE.value, **blocks, **launch,
+            NEAREST=nearest, SEARCHED=SEARCHED.value, ALL=ALL.value, **blocks, **launch,
         )  # fmt: skip
         for head in range(heads):
             _collect_kernel[(triton.cdiv(rows, 32),)](
@@ -310,7 +310,7 @@ def _several(x: Tensor, codebook: Tensor, metric: int, out: Tensor, distances: T
             )  # fmt: skip
         order_kernel[(min(rows, 16 * _processors(x)),)](
             x, codebook, words.usable, kind, found, candidates, out, *exact, rows,
-            NOT_FINITE=NOT_FINITE.value, CANDIDATES=named, **by_row,
+            ALIKE=ALIKE.value, NOT_FINITE=NOT_FINITE.value, CANDIDATES=named, maxnreg=255, **by_row,
         )  # fmt: skip
         if distances is not None:
             _distances_kernel[(rows * nearest,)](

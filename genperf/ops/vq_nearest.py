@@ -221,9 +221,9 @@ def vq_nearest(
     best, and only these are ranked again in float64 and, where that cannot tell them apart, in exact integers
     (docs/vector_quantization.md). The matrix [N, K] of distances is never made.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton``; ``reference`` (float64 in torch, with a look at the
-    host) for the rest. There is no CUDA C++ kernel: a product of matrices in float16 with
-    a short epilogue is what Triton is made for.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton``; ``reference`` (float64 in torch, with a look at
+    the host) for the rest. There is no CUDA C++ kernel: a product of matrices in float16 with a short
+    epilogue is what Triton is made for.
 
     A vector with a NaN or an infinity has no nearest codeword: its index is 0 (0, 1, ... for ``k``), and its
     distance is NaN. A codeword with one is never chosen; where nothing else is left its distance is NaN.

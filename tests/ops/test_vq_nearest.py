@@ -23,6 +23,6 @@ CASES = (
     _case("l2", ("reference", "cpu", "triton"), return_distance=True),
     _case("dot", ("reference", "cpu", "triton"), metric="dot"),
     _case("cosine", ("reference", "cpu", "triton"), metric="cosine", return_distance=True),
-    _case("three nearest", ("reference", "cpu"), k=3, return_distance=True),
+    _case("three nearest", ("reference", "cpu", "triton"), k=3, return_distance=True),
     _case("many codewords", n_codewords=300),
 )

@@ -69,6 +69,24 @@ def test_order_of_the_nearest_on_the_cpu(backend, name, metric, k):
         check_set(backend, sizes, name, metric, k)
 
 
+@pytest.mark.parametrize("backend", TRITON, indirect=True)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", slow_unless(("duplicates", "not finite", "zeros"), DATA))
+def test_order_of_the_nearest_by_triton(backend, name, metric):
+    check_set(backend, (4, 7, 3), name, metric, 3)
+
+
+@pytest.mark.parametrize("backend", TRITON, indirect=True)
+@pytest.mark.parametrize("metric", METRICS)
+def test_many_of_many_codewords_by_triton(backend, metric):
+    """Two blocks of the codebook, of which one is not full, and more duplicates than are ranked by name."""
+    x, codebook = sets(3, 130, 6)["gaussian"]
+    x, codebook = x[:2].to(backend.device), codebook.clone().to(backend.device)
+    check(x, codebook, metric, 5)
+    codebook[40:60] = codebook[1]
+    check(codebook[1:2], codebook, metric, 2)
+
+
 @pytest.mark.parametrize("backend", REFERENCE, indirect=True)
 @pytest.mark.parametrize("k", [1, 5])
 @pytest.mark.parametrize("metric", METRICS)

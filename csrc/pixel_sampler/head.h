@@ -16,7 +16,7 @@
 //   sync                  what members wrote is seen by all
 #pragma once
 
-#include "../common/math.h"
+#include "../common/logistic.h"
 #include "program.h"
 
 #ifdef __CUDACC__
@@ -195,8 +195,6 @@ GENPERF_TEAM int choose(const Team& team, const float* logits, int64_t stride, i
   return chosen;
 }
 
-GENPERF_HD float clamp(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
-
 // PixelCNN++: see Head for the order of the parameters. `known` and `mask` may be null.
 template <class Team>
 GENPERF_TEAM Drawn draw_mixture(const Team& team, const Head& head, const float* params, const float* noise,
@@ -211,13 +209,11 @@ GENPERF_TEAM Drawn draw_mixture(const Team& team, const Head& head, const float*
     };
     float x = kNaN;
     if (mixture >= 0) {
-      const float u = clamp(noise[1 + c], 1e-5f, static_cast<float>(1 - 1e-5));
-      float log_scale = read(c, 1), mean = read(c, 0), derivative;
-      log_scale = log_scale < kMinLogScale ? kMinLogScale : log_scale;
+      float mean = read(c, 0), derivative;
       // Coefficient 0 for green; 1 and 2 for blue.
       for (int other = 0; other < c; ++other)
         mean = mean + tanh(read(c - 1 + other, 2), derivative) * drawn.value[other];
-      x = clamp(mean + exp(log_scale) * temperature * (log_normal(u) - log_normal(1.0f - u)), -1.0f, 1.0f);
+      x = logistic_value(mean, read(c, 1), noise[1 + c], kMinLogScale, temperature);
     }
     drawn.value[c] = mask && mask[c] ? known[c] : x;
   }

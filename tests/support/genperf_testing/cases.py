@@ -37,6 +37,7 @@ class Case:
         nan_as_reference: whether a NaN reaches the places that it reaches in the reference; not so where
             an op leaves out products with zero, which then has tests of its own for this.
         saves_outputs: whether backward keeps results of forward.
+        packs: whether ``function`` makes one tensor of the inputs, which the op may then keep.
         backends: which the op has.
     """
 
@@ -51,6 +52,7 @@ class Case:
     per_sample: bool = False
     nan_as_reference: bool = True
     saves_outputs: bool = False
+    packs: bool = False
     backends: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
     def tensors(

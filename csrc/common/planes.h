@@ -1,0 +1,113 @@
+// Tiles of some positions of a tensor [B, channels, *], channel by channel, as plain float arrays: in place
+// where a channel's positions are contiguous float32, else through a buffer.
+#pragma once
+
+#include "chunk.h"
+
+namespace genperf {
+inline namespace GENPERF_ISA {
+
+// Positions of a tile: four cache lines of each channel at a time.
+inline constexpr int kTile = 64;
+
+// A channel's values at `data + channel * pitch`.
+struct Tile {
+  float* data;
+  int64_t pitch;
+
+  GENPERF_HD float* operator[](int64_t channel) const { return data + channel * pitch; }
+};
+
+class Planes {
+ public:
+  Planes() : channels_(0), step_(0) {}
+  explicit Planes(const View& v) : channels_(v.shape[1]), step_(v.stride[1]) {
+    View w = v;  // without the channels
+    for (int d = 1; d + 1 < v.ndim; ++d) w.shape[d] = v.shape[d + 1], w.stride[d] = v.stride[d + 1];
+    w.ndim = v.ndim - 1;
+    where_ = collapse(w);
+  }
+
+  int64_t channels() const { return channels_; }
+  DType dtype() const { return where_.dtype; }
+
+  // What lies where in positions [start, start + n).
+  struct Span {
+    int64_t offset[kTile];
+    bool in_place = false;  // n = kTile contiguous floats
+  };
+
+  void locate(int64_t start, int n, Span& span) const {
+    Position at(where_, start);
+    const int64_t stride = where_.stride[where_.ndim - 1];
+    span.in_place = where_.dtype == DType::kFloat32 && stride == 1 && n == kTile && at.run >= n;
+    span.offset[0] = at.offset;
+    if (span.in_place) return;
+    for (int done = 0; done < n;) {
+      const int count = at.run < n - done ? static_cast<int>(at.run) : n - done;
+      for (int i = 0; i < count; ++i) span.offset[done + i] = at.offset + i * stride;
+      done += count;
+      at.next_run(where_);
+    }
+  }
+
+  // The first `channels` channels; `buffer` has room for kTile floats of each. Past n they are zero.
+  Tile read(const Span& span, int n, int64_t channels, float* buffer) const {
+    if (span.in_place) return {static_cast<float*>(where_.data) + span.offset[0], step_};
+    const bool by_channel = step_ != 1;
+    const int64_t outer = by_channel ? channels : n, inner = by_channel ? n : channels;
+    for (int64_t a = 0; a < outer; ++a) {
+      for (int64_t b = 0; b < inner; ++b) {
+        const int64_t c = by_channel ? a : b, i = by_channel ? b : a;
+        buffer[c * kTile + i] = element(span.offset[i] + c * step_);
+      }
+    }
+    for (int64_t c = 0; n < kTile && c < channels; ++c)
+      for (int i = n; i < kTile; ++i) buffer[c * kTile + i] = 0.0f;
+    return {buffer, kTile};
+  }
+
+  // Where to write all channels; close() writes them back.
+  Tile open(const Span& span, float* buffer) const {
+    if (span.in_place) return {static_cast<float*>(where_.data) + span.offset[0], step_};
+    return {buffer, kTile};
+  }
+
+  void close(const Span& span, int n, const float* buffer) const {
+    if (span.in_place) return;
+    const bool by_channel = step_ != 1;
+    const int64_t outer = by_channel ? channels_ : n, inner = by_channel ? n : channels_;
+    for (int64_t a = 0; a < outer; ++a) {
+      for (int64_t b = 0; b < inner; ++b) {
+        const int64_t c = by_channel ? a : b, i = by_channel ? b : a;
+        put(span.offset[i] + c * step_, buffer[c * kTile + i]);
+      }
+    }
+  }
+
+  float element(const Span& span, int i, int64_t channel) const {
+    return element((span.in_place ? span.offset[0] + i : span.offset[i]) + channel * step_);
+  }
+
+ private:
+  GENPERF_HD float element(int64_t at) const {
+    if (where_.dtype == DType::kFloat32) return static_cast<const float*>(where_.data)[at];
+    const uint16_t bits = static_cast<const uint16_t*>(where_.data)[at];
+    return where_.dtype == DType::kFloat16 ? float_from_float16(bits) : float_from_bfloat16(bits);
+  }
+
+  GENPERF_HD void put(int64_t at, float x) const {
+    if (where_.dtype == DType::kFloat32) {
+      static_cast<float*>(where_.data)[at] = x;
+    } else {
+      static_cast<uint16_t*>(where_.data)[at] =
+          where_.dtype == DType::kFloat16 ? float16_from_float(x) : bfloat16_from_float(x);
+    }
+  }
+
+  View where_;
+  int64_t channels_, step_;
+};
+
+}  // namespace GENPERF_ISA
+}  // namespace genperf

@@ -1,0 +1,290 @@
+// CPU kernels, built once per instruction set (GENPERF_ISA). Vector lanes are positions. A block of 16
+// positions goes over all mixtures once, which leaves their log-probabilities and derivatives in the
+// first-level cache, and then over these.
+#include "../common/planes.h"
+#include "../common/scratch.h"
+#include "math.h"
+#include "mixture_logistic_nll.h"
+
+namespace genperf {
+namespace GENPERF_ISA {
+
+namespace {
+
+// Where parameter `part` of an image channel begins: means 0, log-scales 1, coefficients 2.
+struct Layout {
+  int64_t mixtures, first, block;
+
+  explicit Layout(const MixtureLogisticNllArgs& a)
+      : mixtures(a.mixtures),
+        first(a.logits ? a.mixtures : 0),
+        block(a.mixtures * (a.x.shape[1] == 1 ? 2 : 3)) {}
+
+  int64_t at(int channel, int part, int64_t k) const { return first + channel * block + part * mixtures + k; }
+};
+
+// In whose block the share of channel `other` in the mean of `channel` stands.
+constexpr int coefficient(int channel, int other) { return channel - 1 + other; }
+
+constexpr int coefficients(int channels) { return channels == 1 ? 0 : 3; }
+
+// What is kept of a mixture for the second pass, in blocks of 16 floats: its log-probability; for each image
+// channel the derivatives by distance and log-scale; derivatives and values of the shares.
+constexpr int kept(int channels) { return 1 + 2 * channels + 2 * coefficients(channels); }
+
+// The running largest; NaN is left out, the sums tell of it.
+GENPERF_HD Vf larger(Vf x, Vf y) { return select(x > y, x, y); }
+
+// exp(x - largest), 0 where that is below e^-87.
+GENPERF_HD Vf weight(Vf x, Vf largest) {
+  const Vf z = x - largest;
+  return select(z < -87.0f, splat<Vf>(0.0f), exp_down(z));
+}
+
+// Subtracted in place of a largest of -inf, where there is nothing to weigh.
+GENPERF_HD Vf finite(Vf largest) { return select(largest == -kInfinity, splat<Vf>(0.0f), largest); }
+
+struct Sums {
+  Vf nll, largest, sum;  // of the mixtures' log-probabilities
+  Vf logits_largest, logits_sum;
+};
+
+// Positions i .. i + 15 of a tile, over all mixtures. `held` gets what is kept of each.
+template <int kChannels, bool kExact, bool kGradient>
+Sums sum_mixtures(const Layout& layout, bool logits, const LevelDefinition& d, const Tile& params,
+                  const Vf* x, int i, float* held) {
+  constexpr int kKept = kGradient ? kept(kChannels) : 1;
+  Sums s;
+  s.largest = s.logits_largest = splat<Vf>(-kInfinity);
+  for (int64_t k = 0; k < layout.mixtures; ++k) {
+    float* const keep = held + k * kKept * kLanes;
+    Vf exponent = splat<Vf>(0.0f), ratio = splat<Vf>(1.0f);
+    [[maybe_unused]] Vf share[3], slope[3];
+    if constexpr (kChannels == 3) {
+      for (int j = 0; j < 3; ++j) share[j] = tanh(load(params[layout.at(j, 2, k)] + i), slope[j]);
+    }
+    for (int c = 0; c < kChannels; ++c) {
+      Vf mean = load(params[layout.at(c, 0, k)] + i);
+      if constexpr (kChannels == 3) {
+        for (int other = 0; other < c; ++other) mean = mean + share[coefficient(c, other)] * x[other];
+      }
+      const auto level = level_mass<kExact, kGradient>(x[c], mean, load(params[layout.at(c, 1, k)] + i), d);
+      exponent = exponent + level.exponent;
+      ratio = ratio * level.ratio;
+      if constexpr (kGradient) {
+        store(keep + (1 + c) * kLanes, level.by_distance);
+        store(keep + (1 + kChannels + c) * kLanes, level.by_log_scale);
+      }
+    }
+    if constexpr (kGradient && kChannels == 3) {
+      for (int j = 0; j < 3; ++j) {
+        store(keep + (1 + 2 * kChannels + j) * kLanes, slope[j]);
+        store(keep + (4 + 2 * kChannels + j) * kLanes, share[j]);
+      }
+    }
+    Vf joint = exponent + log_normal(ratio);
+    if (logits) {
+      const Vf logit = load(params[k] + i);
+      joint = joint + logit;
+      s.logits_largest = larger(logit, s.logits_largest);
+    }
+    s.largest = larger(joint, s.largest);
+    store(keep, joint);
+  }
+  const Vf largest = finite(s.largest);
+  s.sum = s.logits_sum = splat<Vf>(0.0f);
+  for (int64_t k = 0; k < layout.mixtures; ++k) {
+    s.sum = s.sum + weight(load(held + k * kKept * kLanes), largest);
+    if (logits) s.logits_sum = s.logits_sum + weight(load(params[k] + i), s.logits_largest);
+  }
+  s.nll = 0.0f - (s.largest + log(s.sum));
+  if (logits) s.nll = s.nll + (s.logits_largest + log(s.logits_sum));
+  return s;
+}
+
+// The gradients at positions i .. i + 15, from what was kept.
+template <int kChannels>
+void write_gradients(const Layout& layout, bool logits, const Tile& params, const Vf* x, const Sums& s,
+                     Vf upstream, int i, const float* held, const Tile* grad_params, const Tile* grad_x) {
+  constexpr int kKept = kept(kChannels);
+  const Vf largest = finite(s.largest), over = -upstream / s.sum, logits_over = upstream / s.logits_sum;
+  Vf of_x[kChannels];
+  for (Vf& g : of_x) g = splat<Vf>(0.0f);
+  for (int64_t k = 0; k < layout.mixtures; ++k) {
+    const float* const keep = held + k * kKept * kLanes;
+    const Vf w = weight(load(keep), largest) * over;
+    Vf by_distance[kChannels];
+    for (int c = 0; c < kChannels; ++c) by_distance[c] = w * load(keep + (1 + c) * kLanes);
+    if (grad_x) {
+      for (int c = 0; c < kChannels; ++c) {
+        of_x[c] = of_x[c] + by_distance[c];
+        for (int other = 0; other < c; ++other) {
+          const Vf share = load(keep + (4 + 2 * kChannels + coefficient(c, other)) * kLanes);
+          of_x[other] = of_x[other] - by_distance[c] * share;
+        }
+      }
+    }
+    if (!grad_params) continue;
+    const Tile& g = *grad_params;
+    if (logits) store(g[k] + i, weight(load(params[k] + i), s.logits_largest) * logits_over + w);
+    for (int c = 0; c < kChannels; ++c) {
+      store(g[layout.at(c, 0, k)] + i, -by_distance[c]);
+      store(g[layout.at(c, 1, k)] + i, w * load(keep + (1 + kChannels + c) * kLanes));
+      for (int other = 0; other < c; ++other) {
+        const int j = coefficient(c, other);
+        store(g[layout.at(j, 2, k)] + i,
+              -by_distance[c] * x[other] * load(keep + (1 + 2 * kChannels + j) * kLanes));
+      }
+    }
+  }
+  for (int c = 0; grad_x && c < kChannels; ++c) store((*grad_x)[c] + i, of_x[c]);
+}
+
+// All positions by tiles, which do not end with a sample.
+struct Walk {
+  const Layout layout;
+  const LevelDefinition definition;
+  const Planes params, x;
+  const int64_t per_sample, positions, tiles;
+
+  explicit Walk(const MixtureLogisticNllArgs& a)
+      : layout(a),
+        definition{a.half, log(2.0f * a.half), a.low, a.high, a.min_log_scale},
+        params(a.params),
+        x(a.x),
+        per_sample(a.x.numel() == 0 ? 0 : a.x.numel() / a.x.shape[0] / a.x.shape[1]),
+        positions(a.x.numel() == 0 ? 0 : a.x.shape[0] * per_sample),
+        tiles((positions + kTile - 1) / kTile) {}
+
+  int size(int64_t tile) const {
+    const int64_t left = positions - tile * kTile;
+    return static_cast<int>(left < kTile ? left : kTile);
+  }
+  bool parallel() const { return positions * params.channels() >= 16384; }
+};
+
+// The values of a block in [-1, 1].
+template <int kChannels>
+void read_values(const Tile& x, int i, bool unit, Vf* values) {
+  for (int c = 0; c < kChannels; ++c) {
+    values[c] = load(x[c] + i);
+    if (unit) values[c] = 2.0f * values[c] - 1.0f;
+  }
+}
+
+template <int kChannels, bool kExact>
+void forward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
+#pragma omp parallel if (walk.parallel())
+  {
+    Scratch<float> params_buffer(walk.params.channels() * kTile), held(walk.layout.mixtures * kLanes);
+    alignas(64) float x_buffer[kChannels * kTile], out[kTile];
+    Planes::Span span;
+    Vf x[kChannels];
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < walk.tiles; ++t) {
+      const int64_t start = t * kTile;
+      const int n = walk.size(t);
+      walk.params.locate(start, n, span);
+      const Tile params = walk.params.read(span, n, walk.params.channels(), params_buffer.get());
+      walk.x.locate(start, n, span);
+      const Tile values = walk.x.read(span, n, kChannels, x_buffer);
+      float* const to = n == kTile ? nll + start : out;
+      for (int i = 0; i < n; i += kLanes) {
+        read_values<kChannels>(values, i, a.unit, x);
+        const Sums s = sum_mixtures<kChannels, kExact, false>(walk.layout, a.logits, walk.definition, params,
+                                                              x, i, held.get());
+        store(to + i, s.nll);
+      }
+      for (int i = 0; to == out && i < n; ++i) nll[start + i] = out[i];
+    }
+  }
+}
+
+template <int kChannels, bool kExact>
+void backward(const MixtureLogisticNllArgs& a, const Walk& walk) {
+  const Planes to_params = a.grad_params ? Planes(a.grad_params) : Planes(),
+               to_x = a.grad_x ? Planes(a.grad_x) : Planes();
+  const float* const upstream = static_cast<const float*>(a.grad_nll.data);
+#pragma omp parallel if (walk.parallel())
+  {
+    const int64_t channels = walk.params.channels();
+    Scratch<float> params_buffer(channels * kTile), gradient_buffer(channels * kTile);
+    Scratch<float> held(walk.layout.mixtures * kept(kChannels) * kLanes);
+    alignas(64) float x_buffer[kChannels * kTile], grad_x_buffer[kChannels * kTile], factor[kTile] = {};
+    Planes::Span span, params_span, x_span;
+    Vf x[kChannels];
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < walk.tiles; ++t) {
+      const int64_t start = t * kTile;
+      const int n = walk.size(t);
+      walk.params.locate(start, n, span);
+      const Tile params = walk.params.read(span, n, channels, params_buffer.get());
+      walk.x.locate(start, n, span);
+      const Tile values = walk.x.read(span, n, kChannels, x_buffer);
+      for (int i = 0; i < n; ++i) {
+        const int64_t at = a.reduction == 0   ? start + i
+                           : a.reduction == 1 ? (start + i) / walk.per_sample
+                                              : 0;
+        factor[i] = upstream[at];
+      }
+      Tile grad_params{}, grad_x{};
+      if (a.grad_params) {
+        to_params.locate(start, n, params_span);
+        grad_params = to_params.open(params_span, gradient_buffer.get());
+      }
+      if (a.grad_x) {
+        to_x.locate(start, n, x_span);
+        grad_x = to_x.open(x_span, grad_x_buffer);
+      }
+      for (int i = 0; i < n; i += kLanes) {
+        read_values<kChannels>(values, i, a.unit, x);
+        const Sums s = sum_mixtures<kChannels, kExact, true>(walk.layout, a.logits, walk.definition, params,
+                                                             x, i, held.get());
+        write_gradients<kChannels>(walk.layout, a.logits, params, x, s, load(factor + i), i, held.get(),
+                                   a.grad_params ? &grad_params : nullptr, a.grad_x ? &grad_x : nullptr);
+        for (int c = 0; a.grad_x && a.unit && c < kChannels; ++c)
+          store(grad_x[c] + i, 2.0f * load(grad_x[c] + i));
+      }
+      if (a.grad_params) to_params.close(params_span, n, gradient_buffer.get());
+      if (a.grad_x) to_x.close(x_span, n, grad_x_buffer);
+    }
+  }
+}
+
+// The sum of n floats in an order that follows from n alone.
+double sum_of(const float* x, int64_t n) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; i += kChunk)
+    sum += sum_chunk(x + i, static_cast<int>(n - i < kChunk ? n - i : kChunk));
+  return sum;
+}
+
+}  // namespace
+
+void mixture_logistic_forward(const MixtureLogisticNllArgs& a) {
+  const Walk walk(a);
+  Scratch<float> each(a.reduction == 0 ? 0 : walk.positions);
+  float* const out = static_cast<float*>(a.nll.data);
+  float* const nll = a.reduction == 0 ? out : each.get();
+  const auto run = a.x.shape[1] == 1 ? (a.exact ? forward<1, true> : forward<1, false>)
+                                     : (a.exact ? forward<3, true> : forward<3, false>);
+  run(a, walk, nll);
+  if (a.reduction == 0) return;
+  double total = 0.0;
+  for (int64_t b = 0; b < a.x.shape[0]; ++b) {
+    const double sum = sum_of(nll + b * walk.per_sample, walk.per_sample);
+    total += sum;
+    if (a.reduction == 1) out[b] = static_cast<float>(sum);
+  }
+  if (a.reduction == 2) out[0] = static_cast<float>(total);
+}
+
+void mixture_logistic_backward(const MixtureLogisticNllArgs& a) {
+  const Walk walk(a);
+  const auto run = a.x.shape[1] == 1 ? (a.exact ? backward<1, true> : backward<1, false>)
+                                     : (a.exact ? backward<3, true> : backward<3, false>);
+  run(a, walk);
+}
+
+}  // namespace GENPERF_ISA
+}  // namespace genperf

@@ -1,0 +1,188 @@
+"""The negative log-likelihood of the discretized mixture of logistics.
+
+Definitions: T. Salimans et al., "PixelCNN++", ICLR 2017 (arXiv:1701.05517), and ``pixel_cnn_pp/nn.py`` of
+OpenAI's pixel-cnn; R. Child, "Very deep VAEs" (arXiv:2011.10650), ``vae_helpers.py`` of vdvae; A. Vahdat and
+J. Kautz, "NVAE" (arXiv:2007.03898), ``distributions.py`` of NVlabs/NVAE.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genperf import _backend
+from genperf._op import Operator
+from genperf.ops._mixture_logistic_checks import (
+    channels_first,
+    check_channel_dim,
+    check_mixtures,
+    check_values,
+    checked_settings,
+    scaled,
+)
+from genperf.ops._mixture_logistic_reference import reference, reference_backward, wide
+
+__all__ = ["mixture_logistic_nll"]
+
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OP = "mixture_logistic_nll"
+
+
+def _shape(params: Tensor, reduction: int) -> torch.Size:
+    return (torch.Size((len(params), *params.shape[2:])), params.shape[:1], torch.Size(()))[reduction]
+
+
+def _output(params: Tensor, x: Tensor, *settings: Any) -> Tensor:
+    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+    return params.new_empty(_shape(params, settings[-1]), dtype=dtype)
+
+
+def _gradients(
+    grad: Tensor, params: Tensor, x: Tensor, *settings: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    want_params, want_x = settings[-2:]
+    return (
+        torch.empty_like(params) if want_params else None,
+        torch.empty_like(x) if want_x else None,
+    )
+
+
+_INPUTS = "Tensor params, Tensor x"
+_SETTINGS = (
+    "int mixtures, bool logits, int levels, float low, float high, bool exact, bool unit,"
+    " float min_log_scale, int reduction"
+)
+
+
+def _cpu(params: Tensor, x: Tensor, *settings: Any) -> Tensor:
+    nll = _output(params, x, *settings)
+    _backend.native.cpu.mixture_logistic_nll_forward(nll, params, x, *settings)  # type: ignore[union-attr]
+    return nll
+
+
+def _cpu_backward(grad: Tensor, params: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor | None, ...]:
+    grads = _gradients(grad, params, x, *settings)
+    _backend.native.cpu.mixture_logistic_nll_backward(  # type: ignore[union-attr]
+        *grads, grad.contiguous(), params, x, *settings[:-2]
+    )
+    return grads
+
+
+def _refuses(params: Tensor, x: Tensor, *_: Any) -> str | None:
+    for tensor in (params, x):
+        if tensor.dtype not in _NATIVE_DTYPES:
+            return f"{tensor.dtype} is left to the reference"
+    return f"{params.dim()} dimensions, at most 8" if params.dim() > 8 else None
+
+
+def _refuses_backward(grad: Tensor, params: Tensor, x: Tensor, *_: Any) -> str | None:
+    return _refuses(params, x)
+
+
+_forward_op = Operator(OP, f"({_INPUTS}, {_SETTINGS}) -> Tensor", reference, _output)
+_backward_op = Operator(
+    f"{OP}_backward",
+    f"(Tensor grad, {_INPUTS}, {_SETTINGS}, bool want_params, bool want_x)"
+    " -> (Tensor grad_params, Tensor grad_x)",
+    reference_backward,
+    _gradients,
+)
+_forward_op.implement("cpu", _cpu, _refuses)
+_backward_op.implement("cpu", _cpu_backward, _refuses_backward)
+
+
+class _MixtureLogisticNll(torch.autograd.Function):
+    """Saves the inputs alone; the backward pass computes the mixture again."""
+
+    @staticmethod
+    def forward(ctx, params, x, *settings):
+        ctx.save_for_backward(params, x)
+        ctx.settings = settings
+        return _forward_op(params, x, *settings)
+
+    @staticmethod
+    def backward(ctx, grad):
+        wanted = ctx.needs_input_grad[:2]
+        # With create_graph=True the formulas themselves are differentiated.
+        run = reference_backward if torch.is_grad_enabled() else _backward_op
+        grads = run(grad, *ctx.saved_tensors, *ctx.settings, *wanted)
+        return *(g if asked else None for g, asked in zip(grads, wanted, strict=True)), *(
+            None for _ in ctx.settings
+        )
+
+
+def apply(params: Tensor, x: Tensor, settings: tuple[Any, ...]) -> Tensor:
+    """Of params [B, P, *] and x [B, C, *]."""
+    if params.dtype == torch.float64 or x.dtype == torch.float64:
+        x = x.to(wide(params).dtype)
+    if torch.is_grad_enabled() and (params.requires_grad or x.requires_grad):
+        return _MixtureLogisticNll.apply(params, x, *settings)
+    return _forward_op(params, x, *settings)
+
+
+def mixture_logistic_nll(
+    params: Tensor,
+    x: Tensor,
+    *,
+    mixtures: int | None = None,
+    levels: int = 256,
+    channel_dim: int = 1,
+    convention: str = "default",
+    edge: float | tuple[float, float] | None = None,
+    min_log_scale: float = -7.0,
+    reduction: str = "none",
+    check: bool = False,
+) -> Tensor:
+    """Negative log-likelihood of grey or RGB images under a discretized mixture of K logistics, in nats.
+
+    The probability of a level is the mass of the mixture between the midpoints to its neighbours; the first
+    and the last level have the tails too. Parameters of a pixel, in order: K logits; then for each image
+    channel K means, K log-scales and, for RGB, K coefficients, whose tanh is the share in the mean of green
+    of red (from the block of red), of blue of red (green's block) and of blue of green (blue's block).
+
+    ``convention`` tells what a level's probability is:
+
+    - "default": as above. The probabilities of all levels sum to 1 whatever the parameters.
+    - "openai", "vdvae": the tails where ``|x| > 0.999``; and the density at the level times its width where
+      the mass is at most 1e-5, so that probabilities do not sum to 1 where scales are small. VDVAE's
+      ``low_bit`` is ``levels=32``, what its loss returns is ``reduction="sample_mean"``.
+    - "nvae": the same for values in [0, 1], with the upper tail from 0.99 (of [-1, 1]): the level before
+      the last takes it too, and probabilities sum to more than 1.
+
+    Differentiable in ``params`` and ``x``. Arithmetic is in float32 for half precision; nothing but the
+    inputs is kept for the backward pass, which computes the mixture again, so that the gradient is the only
+    memory of its size. Everything is finite for finite parameters: distances from a mean, and log-scales,
+    count as at most 2**60. A NaN makes a NaN at its own pixel, as do logits that are all -inf or one of +inf.
+
+    Args:
+        params: [B, P, *] with P = 3 K for grey and 10 K for RGB images, or [B, *, P]; float32, float16,
+            bfloat16 or float64, any strides.
+        x: [B, C, *] or [B, *, C] of values in [-1, 1] (or [0, 1], see above), C = 1 or 3, any float dtype.
+            Values outside are not looked for; they get the tail from half a level before them on.
+        mixtures: K, 1 to 65,536; by default what P gives.
+        levels: of the data, 2 to 65,536, evenly spaced: 256 for 8 bits.
+        channel_dim: 1 or -1, where P and C stand.
+        edge: at or beyond which a value has a tail's mass, in [-1, 1]: a number, or (low, high); by default
+            the convention's.
+        min_log_scale: lower bound of the log-scales, -30 to 30; no gradient passes where it holds.
+        reduction: "none" [B, *]; "sample" [B]: the sum over pixels; "sum" []; "sample_mean" [B]: the sum over
+            pixels, divided by the number of values C * *.
+        check: whether to raise for values out of range, which waits for the device.
+
+    Returns:
+        float32 (float64 for float64). For an empty batch it is empty, or 0 for "sum".
+
+    Raises:
+        TypeError: for a non-tensor, or a dtype that is not as above.
+        ValueError: for shapes, devices, numbers or names that do not fit; the message says which.
+        RuntimeError: if a backend was forced that cannot run.
+    """
+    check_channel_dim(OP, channel_dim)
+    params = channels_first(OP, "params", params, channel_dim)
+    x = channels_first(OP, "x", x, channel_dim)
+    mixtures = check_mixtures(OP, params, x.shape[1], mixtures)
+    settings = checked_settings(OP, mixtures, True, levels, convention, edge, min_log_scale, reduction)
+    check_values(OP, x, params, check, convention == "nvae")
+    return scaled(apply(params, x, settings), reduction, x)

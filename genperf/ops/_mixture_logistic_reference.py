@@ -192,7 +192,7 @@ def draw_values(
     Where ``valid`` does not hold they are NaN; ``known`` are values and a mask of those to keep, both [N, C].
     """
     channels = u.shape[1]
-    blocks = params.reshape(len(params), channels, -1, mixtures)
+    blocks = params.unflatten(1, (channels, -1, mixtures))
     chosen = blocks[torch.arange(len(params), device=params.device), :, :, mixture]  # [N, C, 2 or 3]
     values: list[Tensor] = []
     for c in range(channels):
@@ -230,7 +230,7 @@ def reference_sample(
     if logits:
         assert of_mixture is not None
         scores = flat[:, :mixtures]
-        v = of_mixture.movedim(1, -1).reshape(len(flat), -1)
+        v = of_mixture.movedim(1, -1).reshape(len(flat), of_mixture.shape[1])
         if key is None and of_mixture.shape[1] == mixtures > 1:
             mixture, valid = _largest(scores, v, temperature)
         else:

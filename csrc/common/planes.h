@@ -1,5 +1,6 @@
-// Tiles of some positions of a tensor [B, channels, *], channel by channel, as plain float arrays: in place
-// where a channel's positions are contiguous float32, else through a buffer.
+// Tiles of some positions of a tensor [B, channels, *], channel by channel, as plain float arrays. They are
+// copies: channels whose distance is a power of two would fall upon each other in the first-level cache, and
+// a plain copy keeps more reads in flight than arithmetic between them would.
 #pragma once
 
 #include "chunk.h"
@@ -10,12 +11,11 @@ inline namespace GENPERF_ISA {
 // Positions of a tile: four cache lines of each channel at a time.
 inline constexpr int kTile = 64;
 
-// A channel's values at `data + channel * pitch`.
+// The values of each channel.
 struct Tile {
   float* data;
-  int64_t pitch;
 
-  GENPERF_HD float* operator[](int64_t channel) const { return data + channel * pitch; }
+  GENPERF_HD float* operator[](int64_t channel) const { return data + channel * kTile; }
 };
 
 class Planes {
@@ -53,7 +53,12 @@ class Planes {
 
   // The first `channels` channels; `buffer` has room for kTile floats of each. Past n they are zero.
   Tile read(const Span& span, int n, int64_t channels, float* buffer) const {
-    if (span.in_place) return {static_cast<float*>(where_.data) + span.offset[0], step_};
+    if (span.in_place) {
+      const float* const from = static_cast<const float*>(where_.data) + span.offset[0];
+      for (int64_t c = 0; c < channels; ++c)
+        std::memcpy(buffer + c * kTile, from + c * step_, kTile * sizeof(float));
+      return {buffer};
+    }
     const bool by_channel = step_ != 1;
     const int64_t outer = by_channel ? channels : n, inner = by_channel ? n : channels;
     for (int64_t a = 0; a < outer; ++a) {
@@ -64,17 +69,17 @@ class Planes {
     }
     for (int64_t c = 0; n < kTile && c < channels; ++c)
       for (int i = n; i < kTile; ++i) buffer[c * kTile + i] = 0.0f;
-    return {buffer, kTile};
+    return {buffer};
   }
 
-  // Where to write all channels; close() writes them back.
-  Tile open(const Span& span, float* buffer) const {
-    if (span.in_place) return {static_cast<float*>(where_.data) + span.offset[0], step_};
-    return {buffer, kTile};
-  }
-
-  void close(const Span& span, int n, const float* buffer) const {
-    if (span.in_place) return;
+  // Writes all channels.
+  void write(const Span& span, int n, const float* buffer) const {
+    if (span.in_place) {
+      float* const to = static_cast<float*>(where_.data) + span.offset[0];
+      for (int64_t c = 0; c < channels_; ++c)
+        std::memcpy(to + c * step_, buffer + c * kTile, kTile * sizeof(float));
+      return;
+    }
     const bool by_channel = step_ != 1;
     const int64_t outer = by_channel ? channels_ : n, inner = by_channel ? n : channels_;
     for (int64_t a = 0; a < outer; ++a) {

@@ -25,12 +25,12 @@ MixtureLogisticNllArgs forward(View nll, View params, View x, int64_t mixtures, 
   return a;
 }
 
-MixtureLogisticNllArgs backward(View grad_params, View grad_x, View grad_nll, View params, View x,
+MixtureLogisticNllArgs backward(View nll, View grad_params, View grad_x, View grad_nll, View params, View x,
                                 int64_t mixtures, bool logits, int64_t levels, float low, float high,
                                 bool exact, bool unit, float min_log_scale, int reduction) {
   MixtureLogisticNllArgs a =
       arguments(params, x, mixtures, logits, levels, low, high, exact, unit, min_log_scale, reduction);
-  a.grad_nll = grad_nll, a.grad_params = grad_params, a.grad_x = grad_x;
+  a.nll = nll, a.grad_nll = grad_nll, a.grad_params = grad_params, a.grad_x = grad_x;
   return a;
 }
 

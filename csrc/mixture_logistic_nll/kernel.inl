@@ -28,9 +28,10 @@ constexpr int coefficient(int channel, int other) { return channel - 1 + other; 
 
 constexpr int coefficients(int channels) { return channels == 1 ? 0 : 3; }
 
-// What is kept of a mixture for the second pass, in blocks of 16 floats: its log-probability; for each image
-// channel the derivatives by distance and log-scale; derivatives and values of the shares.
-constexpr int kept(int channels) { return 1 + 2 * channels + 2 * coefficients(channels); }
+// What is kept of a mixture for the second pass, in blocks of 16 floats: its log-probability, then its
+// weight; the weight of its logit; for each image channel the derivatives by distance and log-scale;
+// derivatives and values of the shares.
+constexpr int kept(int channels) { return 2 + 2 * channels + 2 * coefficients(channels); }
 
 // The running largest; NaN is left out, the sums tell of it.
 GENPERF_HD Vf larger(Vf x, Vf y) { return select(x > y, x, y); }
@@ -39,6 +40,14 @@ GENPERF_HD Vf larger(Vf x, Vf y) { return select(x > y, x, y); }
 GENPERF_HD Vf weight(Vf x, Vf largest) {
   const Vf z = x - largest;
   return select(z < -87.0f, splat<Vf>(0.0f), exp_down(z));
+}
+
+// Whether a mask holds in any lane.
+inline bool any(Vi mask) {
+  int32_t lane[kLanes], bits = 0;
+  store(lane, mask);
+  for (int32_t l : lane) bits |= l;
+  return bits != 0;
 }
 
 // Subtracted in place of a largest of -inf, where there is nothing to weigh.
@@ -56,30 +65,34 @@ Sums sum_mixtures(const Layout& layout, bool logits, const LevelDefinition& d, c
   constexpr int kKept = kGradient ? kept(kChannels) : 1;
   Sums s;
   s.largest = s.logits_largest = splat<Vf>(-kInfinity);
+  bool tails[kChannels];
+  for (int c = 0; c < kChannels; ++c) tails[c] = any((x[c] <= d.low) ^ (x[c] >= d.high));
   for (int64_t k = 0; k < layout.mixtures; ++k) {
     float* const keep = held + k * kKept * kLanes;
     Vf exponent = splat<Vf>(0.0f), ratio = splat<Vf>(1.0f);
     [[maybe_unused]] Vf share[3], slope[3];
     if constexpr (kChannels == 3) {
-      for (int j = 0; j < 3; ++j) share[j] = tanh(load(params[layout.at(j, 2, k)] + i), slope[j]);
+      for (int j = 0; j < 3; ++j) share[j] = share_of(load(params[layout.at(j, 2, k)] + i), slope[j]);
     }
     for (int c = 0; c < kChannels; ++c) {
       Vf mean = load(params[layout.at(c, 0, k)] + i);
       if constexpr (kChannels == 3) {
         for (int other = 0; other < c; ++other) mean = mean + share[coefficient(c, other)] * x[other];
       }
-      const auto level = level_mass<kExact, kGradient>(x[c], mean, load(params[layout.at(c, 1, k)] + i), d);
+      const Vf log_scale = load(params[layout.at(c, 1, k)] + i);
+      const auto level = tails[c] ? level_mass<kExact, kGradient, true>(x[c], mean, log_scale, d)
+                                  : level_mass<kExact, kGradient, false>(x[c], mean, log_scale, d);
       exponent = exponent + level.exponent;
       ratio = ratio * level.ratio;
       if constexpr (kGradient) {
-        store(keep + (1 + c) * kLanes, level.by_distance);
-        store(keep + (1 + kChannels + c) * kLanes, level.by_log_scale);
+        store(keep + (2 + c) * kLanes, level.by_distance);
+        store(keep + (2 + kChannels + c) * kLanes, level.by_log_scale);
       }
     }
     if constexpr (kGradient && kChannels == 3) {
       for (int j = 0; j < 3; ++j) {
-        store(keep + (1 + 2 * kChannels + j) * kLanes, slope[j]);
-        store(keep + (4 + 2 * kChannels + j) * kLanes, share[j]);
+        store(keep + (2 + 2 * kChannels + j) * kLanes, slope[j]);
+        store(keep + (5 + 2 * kChannels + j) * kLanes, share[j]);
       }
     }
     Vf joint = exponent + log_normal(ratio);
@@ -94,50 +107,57 @@ Sums sum_mixtures(const Layout& layout, bool logits, const LevelDefinition& d, c
   const Vf largest = finite(s.largest);
   s.sum = s.logits_sum = splat<Vf>(0.0f);
   for (int64_t k = 0; k < layout.mixtures; ++k) {
-    s.sum = s.sum + weight(load(held + k * kKept * kLanes), largest);
-    if (logits) s.logits_sum = s.logits_sum + weight(load(params[k] + i), s.logits_largest);
+    float* const keep = held + k * kKept * kLanes;
+    const Vf w = weight(load(keep), largest);
+    s.sum = s.sum + w;
+    if constexpr (kGradient) store(keep, w);
+    if (!logits) continue;
+    const Vf prior = weight(load(params[k] + i), s.logits_largest);
+    s.logits_sum = s.logits_sum + prior;
+    if constexpr (kGradient) store(keep + kLanes, prior);
   }
   s.nll = 0.0f - (s.largest + log(s.sum));
   if (logits) s.nll = s.nll + (s.logits_largest + log(s.logits_sum));
   return s;
 }
 
-// The gradients at positions i .. i + 15, from what was kept.
+// The gradients at positions i .. i + 15, from what was kept: those of a gradient of 1 by nll times
+// `upstream`, so that the one or the other comes to the same bits.
 template <int kChannels>
-void write_gradients(const Layout& layout, bool logits, const Tile& params, const Vf* x, const Sums& s,
-                     Vf upstream, int i, const float* held, const Tile* grad_params, const Tile* grad_x) {
+void write_gradients(const Layout& layout, bool logits, const Vf* x, const Sums& s, Vf upstream, int i,
+                     const float* held, const Tile* grad_params, const Tile* grad_x) {
   constexpr int kKept = kept(kChannels);
-  const Vf largest = finite(s.largest), over = -upstream / s.sum, logits_over = upstream / s.logits_sum;
+  const Vf over = -1.0f / s.sum, logits_over = 1.0f / s.logits_sum;
   Vf of_x[kChannels];
   for (Vf& g : of_x) g = splat<Vf>(0.0f);
   for (int64_t k = 0; k < layout.mixtures; ++k) {
     const float* const keep = held + k * kKept * kLanes;
-    const Vf w = weight(load(keep), largest) * over;
+    const Vf w = load(keep) * over;
     Vf by_distance[kChannels];
-    for (int c = 0; c < kChannels; ++c) by_distance[c] = w * load(keep + (1 + c) * kLanes);
+    for (int c = 0; c < kChannels; ++c) by_distance[c] = w * load(keep + (2 + c) * kLanes);
     if (grad_x) {
       for (int c = 0; c < kChannels; ++c) {
         of_x[c] = of_x[c] + by_distance[c];
         for (int other = 0; other < c; ++other) {
-          const Vf share = load(keep + (4 + 2 * kChannels + coefficient(c, other)) * kLanes);
+          const Vf share = load(keep + (5 + 2 * kChannels + coefficient(c, other)) * kLanes);
           of_x[other] = of_x[other] - by_distance[c] * share;
         }
       }
     }
     if (!grad_params) continue;
     const Tile& g = *grad_params;
-    if (logits) store(g[k] + i, weight(load(params[k] + i), s.logits_largest) * logits_over + w);
+    if (logits) store(g[k] + i, (load(keep + kLanes) * logits_over + w) * upstream);
     for (int c = 0; c < kChannels; ++c) {
-      store(g[layout.at(c, 0, k)] + i, -by_distance[c]);
-      store(g[layout.at(c, 1, k)] + i, w * load(keep + (1 + kChannels + c) * kLanes));
+      store(g[layout.at(c, 0, k)] + i, -by_distance[c] * upstream);
+      store(g[layout.at(c, 1, k)] + i, w * load(keep + (2 + kChannels + c) * kLanes) * upstream);
       for (int other = 0; other < c; ++other) {
         const int j = coefficient(c, other);
         store(g[layout.at(j, 2, k)] + i,
-              -by_distance[c] * x[other] * load(keep + (1 + 2 * kChannels + j) * kLanes));
+              -by_distance[c] * x[other] * load(keep + (2 + 2 * kChannels + j) * kLanes) * upstream);
       }
     }
   }
-  for (int c = 0; grad_x && c < kChannels; ++c) store((*grad_x)[c] + i, of_x[c]);
+  for (int c = 0; grad_x && c < kChannels; ++c) store((*grad_x)[c] + i, of_x[c] * upstream);
 }
 
 // All positions by tiles, which do not end with a sample.
@@ -200,11 +220,12 @@ void forward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
   }
 }
 
+// `nll`, if given, gets the likelihoods; without an upstream gradient it is 1.
 template <int kChannels, bool kExact>
-void backward(const MixtureLogisticNllArgs& a, const Walk& walk) {
+void backward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
   const Planes to_params = a.grad_params ? Planes(a.grad_params) : Planes(),
                to_x = a.grad_x ? Planes(a.grad_x) : Planes();
-  const float* const upstream = static_cast<const float*>(a.grad_nll.data);
+  const float* const upstream = a.grad_nll ? static_cast<const float*>(a.grad_nll.data) : nullptr;
 #pragma omp parallel if (walk.parallel())
   {
     const int64_t channels = walk.params.channels();
@@ -225,28 +246,33 @@ void backward(const MixtureLogisticNllArgs& a, const Walk& walk) {
         const int64_t at = a.reduction == 0   ? start + i
                            : a.reduction == 1 ? (start + i) / walk.per_sample
                                               : 0;
-        factor[i] = upstream[at];
+        factor[i] = upstream ? upstream[at] : 1.0f;
       }
       Tile grad_params{}, grad_x{};
       if (a.grad_params) {
         to_params.locate(start, n, params_span);
-        grad_params = to_params.open(params_span, gradient_buffer.get());
+        grad_params = {gradient_buffer.get()};
       }
       if (a.grad_x) {
         to_x.locate(start, n, x_span);
-        grad_x = to_x.open(x_span, grad_x_buffer);
+        grad_x = {grad_x_buffer};
       }
       for (int i = 0; i < n; i += kLanes) {
         read_values<kChannels>(values, i, a.unit, x);
         const Sums s = sum_mixtures<kChannels, kExact, true>(walk.layout, a.logits, walk.definition, params,
                                                              x, i, held.get());
-        write_gradients<kChannels>(walk.layout, a.logits, params, x, s, load(factor + i), i, held.get(),
+        if (nll) {
+          alignas(64) float out[kLanes];
+          store(out, s.nll);
+          for (int j = 0; j < kLanes && i + j < n; ++j) nll[start + i + j] = out[j];
+        }
+        write_gradients<kChannels>(walk.layout, a.logits, x, s, load(factor + i), i, held.get(),
                                    a.grad_params ? &grad_params : nullptr, a.grad_x ? &grad_x : nullptr);
         for (int c = 0; a.grad_x && a.unit && c < kChannels; ++c)
           store(grad_x[c] + i, 2.0f * load(grad_x[c] + i));
       }
-      if (a.grad_params) to_params.close(params_span, n, gradient_buffer.get());
-      if (a.grad_x) to_x.close(x_span, n, grad_x_buffer);
+      if (a.grad_params) to_params.write(params_span, n, gradient_buffer.get());
+      if (a.grad_x) to_x.write(x_span, n, grad_x_buffer);
     }
   }
 }
@@ -259,31 +285,51 @@ double sum_of(const float* x, int64_t n) {
   return sum;
 }
 
+// Where the likelihoods of all positions go, and their sums.
+struct Each {
+  const MixtureLogisticNllArgs& a;
+  const int64_t per_sample;
+  const Scratch<float> buffer;
+  float* const out;
+  float* const nll;  // null where they are not wanted
+
+  Each(const MixtureLogisticNllArgs& a, const Walk& walk)
+      : a(a),
+        per_sample(walk.per_sample),
+        buffer(a.nll && a.reduction != 0 ? walk.positions : 0),
+        out(a.nll ? static_cast<float*>(a.nll.data) : nullptr),
+        nll(a.reduction == 0 || !out ? out : buffer.get()) {}
+
+  void reduce() const {
+    if (!out || a.reduction == 0) return;
+    double total = 0.0;
+    for (int64_t b = 0; b < a.x.shape[0]; ++b) {
+      const double sum = sum_of(nll + b * per_sample, per_sample);
+      total += sum;
+      if (a.reduction == 1) out[b] = static_cast<float>(sum);
+    }
+    if (a.reduction == 2) out[0] = static_cast<float>(total);
+  }
+};
+
 }  // namespace
 
 void mixture_logistic_forward(const MixtureLogisticNllArgs& a) {
   const Walk walk(a);
-  Scratch<float> each(a.reduction == 0 ? 0 : walk.positions);
-  float* const out = static_cast<float*>(a.nll.data);
-  float* const nll = a.reduction == 0 ? out : each.get();
+  const Each each(a, walk);
   const auto run = a.x.shape[1] == 1 ? (a.exact ? forward<1, true> : forward<1, false>)
                                      : (a.exact ? forward<3, true> : forward<3, false>);
-  run(a, walk, nll);
-  if (a.reduction == 0) return;
-  double total = 0.0;
-  for (int64_t b = 0; b < a.x.shape[0]; ++b) {
-    const double sum = sum_of(nll + b * walk.per_sample, walk.per_sample);
-    total += sum;
-    if (a.reduction == 1) out[b] = static_cast<float>(sum);
-  }
-  if (a.reduction == 2) out[0] = static_cast<float>(total);
+  run(a, walk, each.nll);
+  each.reduce();
 }
 
 void mixture_logistic_backward(const MixtureLogisticNllArgs& a) {
   const Walk walk(a);
+  const Each each(a, walk);
   const auto run = a.x.shape[1] == 1 ? (a.exact ? backward<1, true> : backward<1, false>)
                                      : (a.exact ? backward<3, true> : backward<3, false>);
-  run(a, walk);
+  run(a, walk, each.nll);
+  each.reduce();
 }
 
 }  // namespace GENPERF_ISA

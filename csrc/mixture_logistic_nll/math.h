@@ -7,7 +7,7 @@ namespace genperf {
 inline namespace GENPERF_ISA {
 
 inline constexpr float kFar = 1.152921504606846976e18f;  // 2^60
-inline constexpr float kNarrow = 1e-3f;                  // widths below take series
+inline constexpr float kNarrow = 0.35f;                  // widths below take series
 inline constexpr float kLeast = 1e-5f;
 
 // How a level's mass is defined; log_width = log(2 half).
@@ -15,79 +15,107 @@ struct LevelDefinition {
   float half, log_width, low, high, min_log_scale;
 };
 
-// e^x for x <= 0, never less than e^-87; NaN stays NaN.
+// e^x for x <= 30, never less than e^-87; NaN stays NaN.
 template <class F>
 GENPERF_HD F exp_down(F x) {
   return exp_bounded(select(x < -87.0f, splat<F>(-87.0f), x));
 }
 
-// log p = exponent + log(ratio), ratio in [2e-4, 1]; and the derivatives of log p by x - mean and by the
+// (1 - e^-w) / w for 0 <= w < kNarrow.
+template <class F>
+GENPERF_HD F narrow_mass(F w) {
+  const F w2 = w * w;
+  const F high = (4.1666667e-2f - 8.3333333e-3f * w) + (1.3888889e-3f - 1.9841270e-4f * w) * w2;
+  return (1.0f - 0.5f * w) + (0.16666667f - w * high) * w2;
+}
+
+// tanh(x) to within a rounding of 1, which is what a share of a value in [-1, 1] is worth; its derivative.
+template <class F>
+GENPERF_HD F share_of(F x, F& derivative) {
+  const F u = exp_down(-2.0f * abs(x)), over = 1.0f / (1.0f + u), t = (1.0f - u) * over;
+  derivative = 4.0f * u * (over * over);
+  return select(x < 0.0f, -t, t);
+}
+
+// log p = exponent + log(ratio), ratio in [2e-2, 1]; and the derivatives of log p by x - mean and by the
 // log-scale.
 template <class F>
 struct LevelMass {
   F exponent, ratio, by_distance, by_log_scale;
 };
 
-template <bool kExact, bool kGradient, class F>
+// `kTails`: whether x may be of the first or the last level.
+template <bool kExact, bool kGradient, bool kTails, class F>
 GENPERF_HD LevelMass<F> level_mass(F x, F mean, F log_scale, const LevelDefinition& d) {
   const F zero = splat<F>(0.0f), one = splat<F>(1.0f);
-  F distance = x - mean;
-  distance = select(distance > kFar, splat<F>(kFar), distance);
-  distance = select(distance < -kFar, splat<F>(-kFar), distance);
   const auto held = log_scale < d.min_log_scale;
   F s = select(held, splat<F>(d.min_log_scale), log_scale);
   s = select(s > kFar, splat<F>(kFar), s);
-
-  const F inverse = exp_down(-s), m = inverse * distance, v = inverse * d.half, far_distance = abs(m);
-  const F near = far_distance - v, far = far_distance + v, width = v + v;
+  const F inverse = exp_down(-s), signed_m = inverse * (x - mean), v = inverse * d.half;
+  const auto below = signed_m < 0.0f;
+  F m = abs(signed_m);
+  m = select(m > kFar, splat<F>(kFar), m);
+  const F near = m - v, far = m + v, width = v + v;
   const auto outside = near >= 0.0f;  // the mean is not in the level
-  const F e_near = exp_down(-abs(near)), e_far = exp_down(-far), e_width = exp_down(-width);
-  const F mass = -exp_m1(-width, e_width);
+  const F e_near = exp_down(-abs(near)), e_width = exp_down(-width);
   const auto narrow = width < kNarrow;
-  const F one_near = 1.0f + e_near, one_far = 1.0f + e_far, over = 1.0f / (one_near * one_far);
+  const F mass = select(narrow, narrow_mass(width), 1.0f - e_width);
+
+  // e^-far is e_near e_width outside and e_width / e_near inside: with n = 1 and e_near, e^-far = b / n and
+  // c = n (1 + e^-far). Inside a wide level it counts for nothing.
+  const F e_rest = select(width > 40.0f, zero, e_width);
+  const F n = select(outside, one, e_near), b = select(outside, e_near * e_width, e_rest), c = n + b;
+  const F one_near = 1.0f + e_near;
+  F over, by_width;  // 1 / (one_near c)
+  if constexpr (kGradient) {
+    const F product = one_near * c, all = 1.0f / (product * mass);
+    over = all * mass;
+    by_width = e_width * select(narrow, one, width) * (all * product);
+  } else {
+    over = 1.0f / (one_near * c);
+  }
 
   LevelMass<F> r;
   r.exponent = select(outside, -near, zero) + select(narrow, d.log_width - s, zero);
-  // Of a narrow level, mass / width.
-  r.ratio = select(narrow, 1.0f - width * (0.5f - width * 0.166666667f), mass) * over;
+  r.ratio = mass * (n * over);
   [[maybe_unused]] F slope_far, slope_near;  // sigmoid of -far and of near
   if constexpr (kGradient) {
-    slope_far = e_far * one_near * over;
-    slope_near = select(outside, one, e_near) * one_far * over;
-    const F by_width = select(narrow, 1.0f - width * (0.5f - width * 0.0833333333f), width * e_width / mass);
-    const F difference = slope_far - slope_near;
-    r.by_distance = inverse * select(m < 0.0f, -difference, difference);
+    slope_far = b * one_near * over;
+    slope_near = n * c * over;
+    const F by = inverse * (slope_far - slope_near);
+    r.by_distance = select(below, -by, by);
     r.by_log_scale = near * slope_near - far * slope_far - by_width;
   }
   if constexpr (!kExact) {
     const F p = select(outside, e_near, one) * select(narrow, width, one) * r.ratio;
-    // NaN goes this way as well.
     const auto unlikely = p <= kLeast;
-    const F e = exp_down(-far_distance), over_one = 1.0f / (1.0f + e);
-    r.exponent = select(unlikely, d.log_width - s - far_distance, r.exponent);
+    const F e = exp_down(-m), over_one = 1.0f / (1.0f + e);
+    r.exponent = select(unlikely, d.log_width - s - m, r.exponent);
     r.ratio = select(unlikely, over_one * over_one, r.ratio);
     if constexpr (kGradient) {
       const F bend = (1.0f - e) * over_one, by = inverse * bend;
-      r.by_distance = select(unlikely, select(m < 0.0f, by, -by), r.by_distance);
-      r.by_log_scale = select(unlikely, far_distance * bend - 1.0f, r.by_log_scale);
+      r.by_distance = select(unlikely, select(below, by, -by), r.by_distance);
+      r.by_log_scale = select(unlikely, m * bend - 1.0f, r.by_log_scale);
     }
   }
 
-  // The tails: sigmoid(side + v).
-  const auto first = x <= d.low, last = x >= d.high;
-  const F side = select(first, m, -m), outer = side + v;
-  const auto beyond = side >= 0.0f;
-  const F e_tail = select(beyond, e_far, e_near), over_tail = select(beyond, one_near, one_far) * over;
-  const F tail_exponent = select(outer < 0.0f, outer, zero);
-  r.exponent = select(first, tail_exponent, select(last, tail_exponent, r.exponent));
-  r.ratio = select(first, over_tail, select(last, over_tail, r.ratio));
-  if constexpr (kGradient) {
-    const F slope = select(outer >= 0.0f, e_tail, one) * over_tail, by = inverse * slope;
-    r.by_distance = select(first, by, select(last, -by, r.by_distance));
-    const F by_scale = -outer * slope;
-    r.by_log_scale = select(first, by_scale, select(last, by_scale, r.by_log_scale));
-    r.by_log_scale = select(held, zero, r.by_log_scale);
+  if constexpr (kTails) {  // sigmoid(side m + v)
+    const auto first = x <= d.low, last = x >= d.high;
+    const F side = select(first, select(below, -m, m), select(below, m, -m)), outer = side + v;
+    const auto beyond = side >= 0.0f;
+    // 1 / (1 + e^-|outer|), |outer| being far or near.
+    const F over_tail = select(beyond, n * one_near, c) * over;
+    const F tail_exponent = select(outer < 0.0f, outer, zero);
+    r.exponent = select(first, tail_exponent, select(last, tail_exponent, r.exponent));
+    r.ratio = select(first, over_tail, select(last, over_tail, r.ratio));
+    if constexpr (kGradient) {
+      const F slope = select(beyond, b * one_near * over, select(outer >= 0.0f, e_near, one) * over_tail);
+      const F by = inverse * slope, by_scale = -outer * slope;
+      r.by_distance = select(first, by, select(last, -by, r.by_distance));
+      r.by_log_scale = select(first, by_scale, select(last, by_scale, r.by_log_scale));
+    }
   }
+  if constexpr (kGradient) r.by_log_scale = select(held, zero, r.by_log_scale);
   r.exponent = r.exponent + m * 0.0f;  // NaN, which the logarithm of the ratio does not tell
   return r;
 }

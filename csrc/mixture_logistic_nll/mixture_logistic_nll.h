@@ -13,7 +13,7 @@
 // grad_nll: float32, of shape [B, *] contiguous, [B] or [], by `reduction`. The gradients have the dtypes of
 // params and x, and any strides; absent where not wanted.
 //
-// Numerics: float32. |x - mean| and s count as at most 2^60, so that nothing overflows. Sums over pixels are
+// Numerics: float32. |m| and s count as at most 2^60, so that nothing overflows. Sums over pixels are
 // made in double, in an order that follows from the sample's shape alone.
 #pragma once
 
@@ -23,7 +23,7 @@ namespace genperf {
 
 struct MixtureLogisticNllArgs {
   View params, x;
-  View nll;                            // forward
+  View nll;                            // forward; backward: absent, or wanted as well
   View grad_nll, grad_params, grad_x;  // backward
   int64_t mixtures;
   bool logits;

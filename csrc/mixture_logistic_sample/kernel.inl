@@ -152,7 +152,7 @@ void mixture_logistic_draw(const MixtureLogisticSampleArgs& a) {
       from.locate(start, n, span);
       const Tile logits = a.logits ? from.read(span, n, k, logits_buffer.get()) : Tile{};
       out.locate(start, n, to);
-      const Tile values = out.open(to, out_buffer);
+      const Tile values{out_buffer};
       for (int i = 0; i < n; i += kLanes) {
         const int size = n - i < kLanes ? n - i : kLanes;
         if (a.logits && gumbel) {
@@ -161,8 +161,8 @@ void mixture_logistic_draw(const MixtureLogisticSampleArgs& a) {
           choose_few(logits, static_cast<int>(k), i, load(u + i), a.temperature, chosen);
         } else if (a.logits) {
           for (int lane = 0; lane < size; ++lane)
-            chosen[lane] = pixel::choose(pixel::Serial(), logits[0] + i + lane, logits.pitch,
-                                         static_cast<int>(k), u[i + lane], a.temperature, 0, tree.get());
+            chosen[lane] = pixel::choose(pixel::Serial(), logits[0] + i + lane, kTile, static_cast<int>(k),
+                                         u[i + lane], a.temperature, 0, tree.get());
         }
         for (int lane = 0; lane < size; ++lane) {
           for (int c = 0; c < channels; ++c) {
@@ -182,7 +182,7 @@ void mixture_logistic_draw(const MixtureLogisticSampleArgs& a) {
           store(values[c] + i, a.unit ? drawn[c] * 0.5f + 0.5f : drawn[c]);
         }
       }
-      out.close(to, n, out_buffer);
+      out.write(to, n, out_buffer);
     }
   }
 }

@@ -14,18 +14,21 @@ from genperf.nn.flows import (
 )
 from genperf.nn.gumbel_quantize import GumbelQuantize
 from genperf.nn.masked_conv import MaskedConv2d
+from genperf.nn.mixture_logistic import DiscretizedLogistic, MixtureLogistic
 from genperf.nn.vector_quantize import GroupedResidualVQ, ResidualVQ, ShardedCodebook, VectorQuantize
 
 __all__ = [
     "ActNorm",
     "AffineCoupling",
     "DiagonalGaussian",
+    "DiscretizedLogistic",
     "Glow",
     "GlowStep",
     "GroupedResidualVQ",
     "GumbelQuantize",
     "InvertibleConv1x1",
     "MaskedConv2d",
+    "MixtureLogistic",
     "ResidualVQ",
     "ReversibleSequence",
     "ShardedCodebook",

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 from genperf.ops._inverse_cdf import choose
 from genperf.ops.philox_random import philox_random
 
-FAR = 2.0**60  # distances from a mean, and log-scales, count as no larger: nothing overflows in float32
+FAR = 2.0**60  # log-scales, and distances from a mean in scales, count as no larger: nothing overflows
 NARROW = 1e-3  # widths below take series
 LEAST = 1e-5  # probability below which OpenAI's definition takes the density
 # As float32, so that the same uniform gives the same logistic number in float32 and in float64.
@@ -83,9 +83,9 @@ def _terms(params: Tensor, x: Tensor, d: Definition) -> _Terms:
             means[c] = means[c] + shares[:, coefficient(c, other)] * x[:, other, None]
     log_scales = blocks[:, :, 1].clamp(d.min_log_scale, FAR)
     value = x[:, :, None]  # [B, C, 1, *]
-    distance = (value - torch.stack(means, 1)).clamp(-FAR, FAR)
     inverse = (-log_scales).exp()
-    upper, lower = inverse * (distance + half), inverse * (distance - half)
+    middle = (inverse * (value - torch.stack(means, 1))).clamp(-FAR, FAR)
+    upper, lower = middle + inverse * half, middle - inverse * half
     below, above = logsigmoid(upper), logsigmoid(-lower)  # of the tails: P(X <= upper), P(X > lower)
     at_upper, at_lower = torch.sigmoid(-upper), torch.sigmoid(lower)  # their slopes
     # sigmoid(upper) - sigmoid(lower) = sigmoid(upper) sigmoid(-lower) (1 - exp(-width))
@@ -99,7 +99,6 @@ def _terms(params: Tensor, x: Tensor, d: Definition) -> _Terms:
     by_distance = inverse * (at_upper - at_lower)
     by_log_scale = lower * at_lower - upper * at_upper - slope
     if not d.exact:
-        middle = inverse * distance
         density = logsigmoid(middle) + logsigmoid(-middle) - log_scales + math.log(2 * half)
         bend = torch.tanh(middle / 2)
         likely = inside > math.log(LEAST)

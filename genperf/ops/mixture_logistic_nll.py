@@ -65,9 +65,29 @@ def _cpu(params: Tensor, x: Tensor, *settings: Any) -> Tensor:
 def _cpu_backward(grad: Tensor, params: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor | None, ...]:
     grads = _gradients(grad, params, x, *settings)
     _backend.native.cpu.mixture_logistic_nll_backward(  # type: ignore[union-attr]
-        *grads, grad.contiguous(), params, x, *settings[:-2]
+        None, *grads, grad.contiguous(), params, x, *settings[:-2]
     )
     return grads
+
+
+def _with_gradient(params: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    """Both at a time, for a gradient of 1 by the result."""
+    nll = reference(params, x, *settings)
+    gradient, _ = reference_backward(torch.ones_like(nll), params, x, *settings, True, False)
+    assert gradient is not None
+    return nll, gradient
+
+
+def _both_outputs(params: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return _output(params, x, *settings), torch.empty_like(params)
+
+
+def _cpu_with_gradient(params: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    nll, gradient = _both_outputs(params, x, *settings)
+    _backend.native.cpu.mixture_logistic_nll_backward(  # type: ignore[union-attr]
+        nll, gradient, None, None, params, x, *settings
+    )
+    return nll, gradient
 
 
 def _refuses(params: Tensor, x: Tensor, *_: Any) -> str | None:
@@ -93,24 +113,71 @@ _forward_op.implement("cpu", _cpu, _refuses)
 _backward_op.implement("cpu", _cpu_backward, _refuses_backward)
 
 
+_both_op = Operator(
+    f"{OP}_with_gradient",
+    f"({_INPUTS}, {_SETTINGS}) -> (Tensor nll, Tensor grad_params)",
+    _with_gradient,
+    _both_outputs,
+)
+_both_op.implement("cpu", _cpu_with_gradient, _refuses)
+
+
 class _MixtureLogisticNll(torch.autograd.Function):
-    """Saves the inputs alone; the backward pass computes the mixture again."""
+    """Saves the inputs alone, and computes the mixture again in backward.
+
+    Where ``at_once`` the gradient is made in forward, which is most of the work of either, and is only
+    multiplied in backward, the first time; after that it is the caller's, and is computed again.
+    """
 
     @staticmethod
-    def forward(ctx, params, x, *settings):
+    def forward(ctx, params, x, at_once, *settings):
         ctx.save_for_backward(params, x)
-        ctx.settings = settings
-        return _forward_op(params, x, *settings)
+        ctx.settings, ctx.gradient = settings, None
+        if not at_once:
+            return _forward_op(params, x, *settings)
+        nll, ctx.gradient = _both_op(params, x, *settings)
+        return nll
 
     @staticmethod
     def backward(ctx, grad):
         wanted = ctx.needs_input_grad[:2]
-        # With create_graph=True the formulas themselves are differentiated.
-        run = reference_backward if torch.is_grad_enabled() else _backward_op
-        grads = run(grad, *ctx.saved_tensors, *ctx.settings, *wanted)
+        grads: tuple[Tensor | None, Tensor | None]
+        if torch.is_grad_enabled():
+            # With create_graph=True the formulas themselves are differentiated.
+            grads = reference_backward(grad, *ctx.saved_tensors, *ctx.settings, *wanted)
+        elif ctx.gradient is not None:
+            gradient, ctx.gradient = ctx.gradient, None
+            grads = _scaled_by(gradient, grad), None
+        else:
+            grads = _backward_op(grad, *ctx.saved_tensors, *ctx.settings, *wanted)
         return *(g if asked else None for g, asked in zip(grads, wanted, strict=True)), *(
-            None for _ in ctx.settings
+            None for _ in range(1 + len(ctx.settings))
         )
+
+
+def _scaled_by(gradient: Tensor, factor: Tensor) -> Tensor:
+    """[B, P, *], in place, by a number, [B] or [B, *]."""
+    if factor.dim() == 0:
+        return gradient if factor.item() == 1.0 else gradient.mul_(factor)
+    if factor.dim() == 1 and gradient.dim() > 2:
+        return gradient.mul_(factor.view(-1, *(1,) * (gradient.dim() - 1)))
+    return gradient.mul_(factor[:, None])
+
+
+def _at_once(params: Tensor, x: Tensor) -> bool:
+    """Whether the gradient is best made in forward.
+
+    On a GPU the bytes count, of which it would be more; half precision would round the gradient before its
+    scale is known.
+    """
+    return (
+        params.device.type == "cpu"
+        and params.dtype == torch.float32
+        and params.requires_grad
+        and not x.requires_grad
+        and not torch.compiler.is_dynamo_compiling()
+        and _backend.forced() in (None, "cpu")
+    )
 
 
 def apply(params: Tensor, x: Tensor, settings: tuple[Any, ...]) -> Tensor:
@@ -118,7 +185,7 @@ def apply(params: Tensor, x: Tensor, settings: tuple[Any, ...]) -> Tensor:
     if params.dtype == torch.float64 or x.dtype == torch.float64:
         x = x.to(wide(params).dtype)
     if torch.is_grad_enabled() and (params.requires_grad or x.requires_grad):
-        return _MixtureLogisticNll.apply(params, x, *settings)
+        return _MixtureLogisticNll.apply(params, x, _at_once(params, x), *settings)
     return _forward_op(params, x, *settings)
 
 
@@ -151,10 +218,11 @@ def mixture_logistic_nll(
     - "nvae": the same for values in [0, 1], with the upper tail from 0.99 (of [-1, 1]): the level before
       the last takes it too, and probabilities sum to more than 1.
 
-    Differentiable in ``params`` and ``x``. Arithmetic is in float32 for half precision; nothing but the
-    inputs is kept for the backward pass, which computes the mixture again, so that the gradient is the only
-    memory of its size. Everything is finite for finite parameters: distances from a mean, and log-scales,
-    count as at most 2**60. A NaN makes a NaN at its own pixel, as do logits that are all -inf or one of +inf.
+    Differentiable in ``params`` and ``x``. Arithmetic is in float32 for half precision. The gradient is the
+    only memory of its size: backward computes the mixture again, from the inputs; float32 parameters on the
+    CPU get their gradient in forward, where it is half the work, and backward gives it its scale. Everything
+    is finite for finite parameters: log-scales, and distances from a mean in scales, count as at most 2**60.
+    A NaN makes a NaN at its own pixel, as do logits that are all -inf or one of +inf.
 
     Args:
         params: [B, P, *] with P = 3 K for grey and 10 K for RGB images, or [B, *, P]; float32, float16,

@@ -26,6 +26,7 @@ class Planes {
     for (int d = 1; d + 1 < v.ndim; ++d) w.shape[d] = v.shape[d + 1], w.stride[d] = v.stride[d + 1];
     w.ndim = v.ndim - 1;
     where_ = collapse(w);
+    large_ = v.numel() >= int64_t{1} << 20;
   }
 
   int64_t channels() const { return channels_; }
@@ -76,8 +77,7 @@ class Planes {
   void write(const Span& span, int n, const float* buffer) const {
     if (span.in_place) {
       float* const to = static_cast<float*>(where_.data) + span.offset[0];
-      for (int64_t c = 0; c < channels_; ++c)
-        std::memcpy(to + c * step_, buffer + c * kTile, kTile * sizeof(float));
+      for (int64_t c = 0; c < channels_; ++c) write_line(to + c * step_, buffer + c * kTile);
       return;
     }
     const bool by_channel = step_ != 1;
@@ -88,6 +88,13 @@ class Planes {
         put(span.offset[i] + c * step_, buffer[c * kTile + i]);
       }
     }
+  }
+
+  // After the last write() of a thread.
+  static void finish() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
   }
 
   float element(const Span& span, int i, int64_t channel) const {
@@ -110,8 +117,20 @@ class Planes {
     }
   }
 
+  // Past the caches where the tensor would not stay there, which spares them the reading of what is replaced.
+  void write_line(float* to, const float* from) const {
+#if defined(__x86_64__)
+    if (large_ && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+      for (int i = 0; i < kTile; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
+      return;
+    }
+#endif
+    std::memcpy(to, from, kTile * sizeof(float));
+  }
+
   View where_;
   int64_t channels_, step_;
+  bool large_ = false;
 };
 
 }  // namespace GENPERF_ISA

@@ -274,6 +274,7 @@ void backward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
       if (a.grad_params) to_params.write(params_span, n, gradient_buffer.get());
       if (a.grad_x) to_x.write(x_span, n, grad_x_buffer);
     }
+    Planes::finish();
   }
 }
 

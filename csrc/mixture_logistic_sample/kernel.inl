@@ -184,6 +184,7 @@ void mixture_logistic_draw(const MixtureLogisticSampleArgs& a) {
       }
       out.write(to, n, out_buffer);
     }
+    Planes::finish();
   }
 }
 

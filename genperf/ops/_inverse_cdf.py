@@ -57,7 +57,7 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def _sum_neighbours(x: Tensor) -> Tensor:
-    x = x.view(len(x), -1, LEAF)
+    x = x.view(len(x), x.shape[1] // LEAF, LEAF)
     while (half := x.shape[2] // 2) > 0:
         x = x[:, :, :half] + x[:, :, half:]
     return x[:, :, 0]

@@ -18,12 +18,14 @@ from torch import Tensor
 from ._math import rounded
 from ._tile import LAUNCH, Example, collapsed, offset_of, on_device_of
 from ._vq_exact import L2, compare, measure
+from ._vq_words import Words
 from .vector_quantize import divisor_of
-from .vq_nearest import vq_nearest
+from .vq_nearest import prepare_codebooks, vq_nearest
 
 FEW = 512  # vectors for which a program each is faster than to prepare the codebooks
 LONGEST = 1024  # dimensions that a program holds in registers
 ELEMENTS = tl.constexpr(2048)  # of a block of codewords, or of vectors
+PREPARED = 1 << 21  # numbers of the codebooks that are made ready at a time, in float64
 
 
 @triton.jit
@@ -252,7 +254,9 @@ def residual_vector_quantize(
                 BLOCK_K=ELEMENTS.value // block_d, BLOCK_D=block_d, **LAUNCH,
             )  # fmt: skip
         return quantized, indices, squares.sum(2)
-    by_group = books.view(groups, stages, n_words, dim) if books.is_contiguous() else None
+    # Stage by stage, so that those of one lie together; made ready several stages at a time.
+    ordered = books.view(groups, stages, n_words, dim).transpose(0, 1)[:n_stages].flatten(0, 1)
+    at_once = max(1, PREPARED // (groups * n_words * dim))
     residual = x.new_empty(groups, n, dim)
     total = x.new_empty(groups, n, dim, dtype=torch.float32)
     if n_stages < stages:
@@ -262,8 +266,11 @@ def residual_vector_quantize(
     block_n = ELEMENTS.value // block_d
     source = x
     for i in range(n_stages):
-        book = torch.stack(list(codebooks[i::stages])) if by_group is None else by_group[:, i]
-        chosen, _ = vq_nearest(source, book, metric, 1, False)
+        if i % at_once == 0:
+            words = prepare_codebooks(ordered[i * groups : (i + at_once) * groups], metric)
+        book, first = ordered[i * groups : (i + 1) * groups], i % at_once * groups
+        of_stage = Words(*(y[first : first + groups] for y in words))
+        chosen, _ = vq_nearest(source, book, metric, 1, False, of_stage)
         with on_device_of(x):
             _take_kernel[(triton.cdiv(n, block_n), groups)](
                 source, book, given, chosen, residual, total, quantized, indices, squares, *collapsed(source),

@@ -17,7 +17,7 @@ from ._tile import LAUNCH, Example, collapsed, offset_of, on_device_of
 from ._vq_exact import COSINE, DOT, L2, measure, rank_kernel
 from ._vq_search import NUMBERS, scores, search_kernel, tiny_search_kernel
 from ._vq_several import bounds_kernel, order_kernel
-from ._vq_words import FAR, FOLDED, LARGE, prepare
+from ._vq_words import FAR, FOLDED, LARGE, Words, prepare
 
 CANDIDATES = 16  # of a vector that are ranked by name; beyond that, the whole codebook is
 SCALES = tl.constexpr(2.0**40)  # of a vector, at most, and its inverse at least
@@ -190,10 +190,25 @@ def _processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
 
 
+def _widths(dim: int) -> tuple[bool, int, int]:
+    """Whether first terms are folded into products; dimensions and codewords that are padded to."""
+    tiny = dim + FOLDED <= 32
+    padded = -(-dim // 128) * 128
+    if dim <= 256:
+        padded = max(16, triton.next_power_of_2(dim + FOLDED * tiny))
+    return tiny, padded, 128
+
+
+def prepare_codebooks(codebooks: Tensor, metric: int) -> Words:
+    """Codebooks [n, K, D] made ready for vq_nearest, all in the launches of one."""
+    tiny, padded, block_k = _widths(codebooks.shape[-1])
+    return prepare(codebooks, metric, padded, block_k, tiny)
+
+
 def vq_nearest(
-    x: Tensor, codebook: Tensor, metric: int, k: int, want_distances: bool
+    x: Tensor, codebook: Tensor, metric: int, k: int, want_distances: bool, words: Words | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The torch op ``genperf::vq_nearest``."""
+    """The torch op ``genperf::vq_nearest``; with ``words``, of a codebook that is ready for one codeword."""
     heads, n_words, dim = codebook.shape
     shape, n = [*x.shape[:-1], k], x[0].numel() // dim if heads else 0
     rows = heads * n
@@ -205,13 +220,10 @@ def vq_nearest(
         _several(x, codebook, metric, out, distances)
         return out, distances
 
-    tiny = dim + FOLDED <= 32
-    padded = -(-dim // 128) * 128
-    if dim <= 256:
-        padded = max(16, triton.next_power_of_2(dim + FOLDED * tiny))
-    block_d, block_k = (padded, 128) if padded <= 256 else (128, 128)
+    tiny, padded, block_k = _widths(dim)
+    block_d = padded if padded <= 256 else 128
     block_n = 128 if n > 64 else max(16, triton.next_power_of_2(n))
-    words = prepare(codebook, metric, padded, block_k, tiny)
+    words = prepare_codebooks(codebook, metric) if words is None else words
     sizes, strides = collapsed(x)
     half = x.new_empty(heads, n, padded, dtype=torch.float16)
     scale, slack, threshold = (x.new_empty(rows, dtype=torch.float32) for _ in range(3))

@@ -22,12 +22,17 @@ def run(backend, *args, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("few", [512, 0], ids=["one launch", "stage by stage"])
-def test_values(monkeypatch, few, dtype):
+@pytest.mark.parametrize(
+    ("few", "prepared"),
+    [(512, 0), (0, 1 << 21), (0, 0)],
+    ids=["one launch", "stages at once", "stage by stage"],
+)
+def test_values(monkeypatch, few, prepared, dtype):
     """Ties, duplicates, NaN and infinity, groups, dropped stages, strided vectors, lists of codebooks."""
     if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU, and Triton is not interpreted")
     monkeypatch.setattr(kernels, "FEW", few)
+    monkeypatch.setattr(kernels, "PREPARED", prepared)
     x = normals((2, 8, 7), "x").to(DEVICE, dtype).movedim(1, -1)  # [groups, N, D]
     codebooks = (normals((2, 2, 17, 8), "c") / 1.5).to(DEVICE, dtype)
     x[0, 2, 1], x[1, 3, 2] = math.nan, math.inf

@@ -50,11 +50,12 @@ _Results = tuple[Tensor, Tensor, Any, Any, Tensor]
 def _outputs(
     packed: Tensor, sizes: list[int], want_inverse: bool = True, want_transpose: bool = True
 ) -> _Results:
+    # The inverse is written as the transpose of the transposed one.
     return (
         packed.new_empty(len(sizes)),
         packed.new_empty(len(sizes)),
         torch.empty_like(packed) if want_inverse else None,
-        torch.empty_like(packed) if want_transpose else None,
+        torch.empty_like(packed) if want_transpose or want_inverse else None,
         packed.new_empty(len(sizes), dtype=torch.int64),
     )
 

@@ -166,6 +166,15 @@ def test_gradients_by_finite_differences(flip, backend):
     assert torch.autograd.gradgradcheck(function, matrices)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_inverse_alone(backend):
+    """The torch op writes it through the transposed one, which it then gives as well."""
+    packed = of_condition(5, 20.0, 5).reshape(-1)
+    with genperf.backend(backend):
+        *_, inverse, transpose, _ = torch.ops.genperf.slogdet_inverse(packed, [5], True, False)
+    assert torch.equal(inverse.view(5, 5).mT, transpose.view(5, 5))
+
+
 @DTYPES
 def test_determinants_alone(dtype, backend):
     """The same bits with fewer results; the gradient is there all the same."""

@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 
 
 class Found(NamedTuple):
-    """Results for one matrix, and which matrix that was; on the CPU with a copy of it."""
+    """Results for one matrix, and which matrix that was: its memory, the number of writes to it and, on the
+    CPU, what was in it."""
 
     result: SlogdetInverse
-    key: tuple[int, int]
+    matrix: Tensor  # kept, so that its memory is not another's
+    writes: int
     copy: Tensor | None
 
-
-def key_of(weight: Tensor) -> tuple[int, int] | None:
-    """The memory of a matrix and the number of writes to it; None where writes are not counted."""
-    return None if weight.is_inference() else (weight.data_ptr(), weight._version)
+    def is_of(self, weight: Tensor) -> bool:
+        """On a GPU, writes that are not counted (``weight.data``) are not seen."""
+        if weight.is_inference() or weight._version != self.writes:
+            return False
+        if weight.data_ptr() != self.matrix.data_ptr():
+            return False
+        return self.copy is None or bool((self.copy.numpy() == weight.detach().numpy()).all())
 
 
 _local = threading.local()
@@ -51,10 +56,7 @@ def prepared(convs: Sequence[InvertibleConv1x1]) -> Iterator[None]:
 
 def _unchanged(conv: InvertibleConv1x1) -> bool:
     """Whether what is known is of the weight's numbers, however they were written; on a GPU always False."""
-    if conv.current() is None:
-        return False
-    copy = conv.found.copy  # type: ignore[union-attr]
-    return copy is not None and bool((copy.numpy() == conv.weight.detach().numpy()).all())
+    return conv.current() is not None and conv.found.copy is not None  # type: ignore[union-attr]
 
 
 def _compute(convs: Sequence[InvertibleConv1x1]) -> None:
@@ -71,9 +73,13 @@ def _compute(convs: Sequence[InvertibleConv1x1]) -> None:
             sign, logabsdet, status = (t.unbind() for t in (found.sign, found.logabsdet, found.status))
             each = zip(sign, logabsdet, found.inverse, found.inverse_transpose, status, strict=True)
             for conv, result in zip(members, each, strict=True):
-                key = key_of(conv.weight)
-                copy = conv.weight.detach().clone() if device.type == "cpu" else None
-                conv.found = None if key is None else Found(SlogdetInverse(*result), key, copy)
+                weight = conv.weight.detach()
+                copy = weight.clone() if device.type == "cpu" else None
+                conv.found = (
+                    None
+                    if weight.is_inference()
+                    else Found(SlogdetInverse(*result), weight, weight._version, copy)
+                )
 
 
 class _Through(torch.autograd.Function):

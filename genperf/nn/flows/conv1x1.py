@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genperf.nn.flows._determinants import Found, key_of, through
+from genperf.nn.flows._determinants import Found, through
 from genperf.ops.invertible_conv1x1 import PLU, invertible_conv1x1
 from genperf.ops.slogdet_inverse import SlogdetInverse
 
@@ -60,7 +60,7 @@ class InvertibleConv1x1(nn.Module):
 
     def current(self) -> SlogdetInverse | None:
         """Determinant and inverse of ``weight``, if they are known for what it holds now."""
-        if self.found is None or torch.compiler.is_compiling() or self.found.key != key_of(self.weight):
+        if self.found is None or torch.compiler.is_compiling() or not self.found.is_of(self.weight):
             return None
         return self.found.result
 

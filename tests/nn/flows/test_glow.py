@@ -157,6 +157,16 @@ def test_determinants_follow_the_weights(write):
     torch.testing.assert_close(model.inverse(latents)[0], x, rtol=1e-4, atol=1e-4)
 
 
+def test_determinant_of_a_layer_called_alone_follows_its_weight():
+    model = glow().eval()
+    model.sample(1)
+    conv = model.levels[0].steps[1].conv
+    x = torch.randn(2, conv.channels, 2, 2)
+    before = conv(x)[1]
+    conv.weight.data.mul_(2)
+    torch.testing.assert_close(conv(x)[1] - before, torch.full((2,), 4 * conv.channels * math.log(2)))
+
+
 def test_training_after_inference_mode():
     model = glow()
     with torch.inference_mode():

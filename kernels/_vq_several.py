@@ -38,7 +38,7 @@ def bounds_kernel(
         b_best = tl.where(i_column[None, :] == column[:, None], float("-inf"), b_best)
     least = tl.max(b_best, axis=1)
     kind = tl.load(p_kind + i_row, mask=m_r, other=ALL)
-    every = (kind == ALL) | (least < -0.5 * FAR * scale)  # of codewords that must not be found
+    every = (kind == ALL) | (least < scale * (-0.5 * FAR))  # of codewords that must not be found
     searched = (kind == SEARCHED) & (every == 0)
     threshold = least - tl.load(p_slack + i_row, mask=m_r, other=0.0)
     tl.store(p_threshold + i_row, tl.where(searched, threshold, float("inf")), mask=m_r)

@@ -84,14 +84,8 @@ GENPERF_HD LevelMass<F> level_mass(F x, F mean, F log_scale, const LevelDefiniti
   const F e_rest = select(width > 40.0f, zero, e_width);
   const F n = select(outside, one, e_near), b = select(outside, e_near * e_width, e_rest), c = n + b;
   const F one_near = 1.0f + e_near;
-  F over, by_width;  // 1 / (one_near c)
-  if constexpr (kGradient) {
-    const F product = one_near * c, all = 1.0f / (product * mass);
-    over = all * mass;
-    by_width = e_width * select(narrow, one, width) * (all * product);
-  } else {
-    over = 1.0f / (one_near * c);
-  }
+  // One division for both, with a gradient or without: the same bits.
+  const F product = one_near * c, all = 1.0f / (product * mass), over = all * mass;  // 1 / product
 
   LevelMass<F> r;
   r.exponent = select(outside, -near, zero) + select(narrow, d.log_width - s, zero);
@@ -102,6 +96,7 @@ GENPERF_HD LevelMass<F> level_mass(F x, F mean, F log_scale, const LevelDefiniti
     slope_near = n * c * over;
     const F by = inverse * (slope_far - slope_near);
     r.by_distance = select(below, -by, by);
+    const F by_width = e_width * select(narrow, one, width) * (all * product);
     r.by_log_scale = near * slope_near - far * slope_far - by_width;
   }
   if constexpr (!kExact) {

@@ -345,7 +345,7 @@ AOT = {
     "24, cosine": Example(partial(_example, 4096, 1024, 24, COSINE.value), wide=False),
     "128, cosine": Example(partial(_example, 4096, 1024, 128, COSINE.value), wide=False),
     "1024, product": Example(partial(_example, 4096, 1024, 1024, DOT.value), wide=False),
-    "64, five": Example(partial(_example, 16384, 512, 64, k=5), wide=False, quick=True),
+    "64, five": Example(partial(_example, 16384, 512, 64, k=5), wide=False),
     "8, cosine, five": Example(partial(_example, 16384, 8192, 8, COSINE.value, k=5), wide=False),
     "1024, product, 64": Example(partial(_example, 4096, 1024, 1024, DOT.value, k=64), wide=False),
     "one vector, bfloat16": Example(partial(_example, 1, 8192, 256, 0, torch.bfloat16), wide=False),

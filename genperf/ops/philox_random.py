@@ -105,6 +105,11 @@ def reference_normals(shape: Sequence[int], key: Tensor) -> Tensor:
     return _reference(list(shape), key, DISTRIBUTIONS["normal"])
 
 
+def reference_uniforms(shape: Sequence[int], key: Tensor) -> Tensor:
+    """Uniforms float32 of a key int64 [2], or [B, 2] where ``shape[0] == B``."""
+    return _reference(list(shape), key, DISTRIBUTIONS["uniform"])
+
+
 def _reference(shape: list[int], key: Tensor, distribution: int) -> Tensor:
     if key.dim() == 2:
         rows = [_reference(shape[1:], k, distribution) for k in key.unbind()]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._math import rounded
 from ._tile import LAUNCH, collapsed, offset_of, on_device_of
 
 ROWS = 32  # of a chunk
@@ -17,9 +18,9 @@ ROWS = 32  # of a chunk
 
 @triton.jit
 def _chunks_kernel(
-    p_x, p_keys, p_order, p_starts, p_codebook, p_coefficient, p_sums, p_partials, sizes, strides, s_d,
-    s_head, s_k, s_cd, rows, N, K, D, n_keys, of_group, PULL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_x, p_keys, p_order, p_starts, p_codebook, p_coefficient, p_indices, p_sums, p_partials, sizes, strides,
+    s_d, s_head, s_k, s_cd, rows, N, K, D, stages, n_keys, of_group, PULL: tl.constexpr,
+    STAGED: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C chunks side by side, row after row."""
     i_chunk = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -32,8 +33,19 @@ def _chunks_kernel(
         m_row = key < n_keys
         m = m_row[:, None] & (i_d < D)[None, :]
         i_row = tl.load(p_order + i, mask=m_row, other=0)
+        if STAGED:
+            i_stage = i_row % stages
+            i_row = i_row // stages
         at = offset_of(i_row // N, i_row % N, sizes, strides)
         b_x = tl.load(p_x + at[:, None] + i_d[None, :] * s_d, mask=m, other=0.0).to(tl.float32)
+        if STAGED:  # less the codewords of the stages before; the keys are sorted by their stage
+            for t in range(tl.max(tl.where(m_row, i_stage, 0), axis=0)):
+                k = tl.load(p_indices + i_row * stages + t, mask=m_row & (t < i_stage), other=-1)
+                word = (i_row // N * stages + t) * s_head + k * s_k
+                m_word = m & (k >= 0)[:, None]
+                p_word = p_codebook + word[:, None] + i_d[None, :] * s_cd
+                b_c = tl.load(p_word, mask=m_word, other=0.0).to(tl.float32)
+                b_x = rounded(tl.where(m_word, b_x - b_c, b_x), p_x.dtype.element_ty).to(tl.float32)
         if PULL:
             word = key // K * s_head + key % K * s_k
             b_c = tl.load(p_codebook + word[:, None] + i_d[None, :] * s_cd, mask=m, other=0.0).to(tl.float32)
@@ -79,14 +91,22 @@ def segmented_sums(
     codebook: Tensor | None = None,
     coefficient: Tensor | None = None,
     of_group: int = 1,
+    stages: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Counts int64 [heads, K] and sums float32 [heads, K, D] of x [heads, *, D], by indices [heads, *].
 
-    With a codebook, sums of ``coefficient[row // of_group] * (c - x)``. An index out of range is none.
+    With a coefficient, sums of ``coefficient[row // of_group] * (c - x)``. An index out of range is none.
+    With stages, of x [groups, *, D] by indices [groups, *, stages], heads are the stages of the first group,
+    then of the next, and each sums what those before it leave of x: less their codewords, stage by stage.
     """
-    heads, dim, rows = len(x), x.shape[-1], indices.numel()
-    n_keys, n = heads * n_codewords, max(1, rows // max(1, heads))
-    head = torch.arange(heads, device=x.device).view(-1, *[1] * (indices.dim() - 1))
+    groups, dim, rows = len(x), x.shape[-1], indices.numel()
+    heads = groups * (stages or 1)
+    n_keys, n = heads * n_codewords, max(1, x.numel() // max(1, groups * dim))
+    head = torch.arange(heads, device=x.device)
+    if stages is None:
+        head = head.view(-1, *[1] * (indices.dim() - 1))
+    else:
+        head = head.view(groups, *[1] * (indices.dim() - 2), stages)
     known = (indices >= 0) & (indices < n_codewords)
     keys = torch.where(known, indices + head * n_codewords, n_keys).flatten()
     keys, order = keys.sort(stable=True)
@@ -96,15 +116,15 @@ def segmented_sums(
     chunks = max(1, triton.cdiv(rows, ROWS))
     partials = x.new_empty((chunks, 2, dim), dtype=torch.float32)
     block_d = min(128, max(4, triton.next_power_of_2(dim)))
-    block_c = 1024 // block_d
+    block_c = (1024 if stages is None else 512) // block_d  # elements in registers
     sizes, strides = collapsed(x)
-    pull = codebook is not None
+    pull = coefficient is not None
     words, word_strides = (codebook, codebook.stride()) if codebook is not None else (x, (0, 0, 0))
     with on_device_of(x):
         _chunks_kernel[(triton.cdiv(chunks, block_c), triton.cdiv(dim, block_d))](
-            x, keys, order, starts, words, coefficient if pull else partials, sums, partials, sizes, strides,
-            x.stride(-1), *word_strides, rows, n, n_codewords, dim, n_keys, of_group,
-            PULL=pull, ROWS=ROWS, BLOCK_C=block_c, BLOCK_D=block_d, **LAUNCH,
+            x, keys, order, starts, words, coefficient if pull else partials, indices, sums, partials,
+            sizes, strides, x.stride(-1), *word_strides, rows, n, n_codewords, dim, stages or 1, n_keys,
+            of_group, PULL=pull, STAGED=stages is not None, ROWS=ROWS, BLOCK_C=block_c, BLOCK_D=block_d, **LAUNCH,
         )  # fmt: skip
         if n_keys:
             _join_kernel[(n_keys, triton.cdiv(dim, block_d))](

@@ -1,5 +1,6 @@
 """A codebook made ready for products in float16, without a look at the host."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,20 @@ class Words(NamedTuple):
     )
     usable: Tensor  # [heads, K] bool: finite
     usable_first: Tensor  # [heads] int64
+
+
+def joined(codebooks: Sequence[Tensor]) -> Tensor:
+    """The codebooks as one tensor [n, K, D], in place where they are the parts of one."""
+    first, n = codebooks[0], len(codebooks)
+    starts = [c.storage_offset() for c in codebooks]
+    step = starts[1] - starts[0] if n > 1 else 0
+    one = first.untyped_storage()._cdata
+    if all(
+        c.untyped_storage()._cdata == one and c.stride() == first.stride() and s == starts[0] + i * step
+        for i, (c, s) in enumerate(zip(codebooks, starts, strict=True))
+    ):
+        return first.as_strided((n, *first.shape), (step, *first.stride()))
+    return torch.stack(list(codebooks))
 
 
 def _repeated(bits: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ._math import rounded
 from ._tile import LAUNCH, Example, collapsed, offset_of, on_device_of
 from ._vq_exact import L2, compare, measure
-from ._vq_words import Words
+from ._vq_words import Words, joined
 from .vector_quantize import divisor_of
 from .vq_nearest import prepare_codebooks, vq_nearest
 
@@ -215,20 +215,6 @@ def _backward_kernel(
     tl.store(p_to, rounded(b_total, p_out.dtype.element_ty), mask=m)
 
 
-def _joined(codebooks: Sequence[Tensor]) -> Tensor:
-    """The codebooks as one tensor [n, K, D], in place where they are the parts of one."""
-    first, n = codebooks[0], len(codebooks)
-    starts = [c.storage_offset() for c in codebooks]
-    step = starts[1] - starts[0] if n > 1 else 0
-    one = first.untyped_storage()._cdata
-    if all(
-        c.untyped_storage()._cdata == one and c.stride() == first.stride() and s == starts[0] + i * step
-        for i, (c, s) in enumerate(zip(codebooks, starts, strict=True))
-    ):
-        return first.as_strided((n, *first.shape), (step, *first.stride()))
-    return torch.stack(list(codebooks))
-
-
 def residual_vector_quantize(
     x: Tensor, codebooks: Sequence[Tensor], limits: Tensor | None, n_stages: int, metric: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +226,7 @@ def residual_vector_quantize(
     if n == 0 or n_stages == 0:
         quantized.zero_()
         return quantized, indices.fill_(-1), x.new_zeros(groups, stages, dtype=torch.float32)
-    books = _joined(codebooks)
+    books = joined(codebooks)
     squares = x.new_empty(groups, stages, n, dtype=torch.float32)
     into = (*collapsed(quantized), quantized.stride(-1))
     given = x if limits is None else limits
@@ -292,7 +278,7 @@ def residual_vector_quantize_backward(
     out = torch.empty_like(x)
     if n == 0:
         return out
-    books = _joined(codebooks)
+    books = joined(codebooks)
     block_d = max(16, triton.next_power_of_2(dim))
     block_n = max(1, ELEMENTS.value // 2 // block_d)
     launch = {**LAUNCH, "num_warps": max(4, block_d // 512)}

@@ -130,13 +130,22 @@ def assert_ieee(ptx: str, products: bool = False) -> None:
     the source asks for. It is rounded once, to nearest, and keeps subnormals; and no two backends are
     promised the same bits of a sum of products. Each one must come from such a line, as the line table of the
     PTX has it, so that none is let through that was fused from multiplications and additions of formulas;
-    unless the whole kernel is one of ``products``, of which no formula needs the bits.
+    unless the whole kernel is one of ``products``, of which no formula needs the bits. And sm_80 has no
+    subtraction in bfloat16: there it is a multiply-add with a factor of -1.
     """
+    ones = {
+        found[1]
+        for found in re.finditer(r"mov\.b(?:16|32)\s+(%\w+), (-?\d+|0x[0-9A-F]+);", ptx)
+        if int(found[2], 0) & 0x7FFF7FFF in (0x3F80, 0x3F803F80)
+    }
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', ptx, flags=re.MULTILINE))
     inexact, place = set(), ("", 0)
     for line in ptx.splitlines():
         if found := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
             place = found[1], int(found[2])
+        elif found := re.match(r"\s*fma\.rn\.bf16(?:x2)?\s+%\w+, (%\w+), (%\w+),", line):
+            if not ones & {found[1], found[2]}:
+                inexact.add(line.strip())
         elif found := re.match(r"\s*((?:fma\.|\S+\.(?:approx|full|ftz)\.)\S*)", line):
             in_dot = place[0] in files and place[1] in _lines_of_ieee_dots(files[place[0]])
             if not re.fullmatch(r"fma\.rn\.f32(x2)?", found[1]) or not (products or in_dot):

@@ -27,6 +27,12 @@ def refuses(x: Tensor, codebooks: Sequence[Tensor], *_: Any) -> str | None:
     return None if most < 2**31 else f"{most} codewords, below 2^31"
 
 
+def refuses_triton(x: Tensor, codebooks: Sequence[Tensor], *_: Any) -> str | None:
+    if len({codebook.shape[0] for codebook in codebooks}) > 1:
+        return "codebooks of different sizes are left to the reference"
+    return refuses(x.reshape(-1), codebooks)  # of any number of dimensions
+
+
 def unpacked(op: str, codebooks: Any) -> tuple[list[Tensor], int | None]:
     """The codebooks [K, D] of all stages, group by group, and the number of groups, if there are any."""
     if isinstance(codebooks, Tensor):

@@ -15,7 +15,12 @@ from torch import Tensor
 from genperf import _backend
 from genperf._op import Operator
 from genperf.ops import _residual_vector_quantize_reference as formulas
-from genperf.ops._residual_vector_quantize_checks import Codebooks, check_vectors, refuses
+from genperf.ops._residual_vector_quantize_checks import (
+    Codebooks,
+    check_vectors,
+    refuses,
+    refuses_triton,
+)
 
 __all__ = ["ResidualCodebookStatistics", "residual_codebook_statistics"]
 
@@ -50,7 +55,14 @@ def _cpu(x: Tensor, codebooks: Sequence[Tensor], indices: Tensor, differences: b
     return results
 
 
+def _triton(*args: Any) -> tuple[Tensor, Tensor]:
+    from genperf.kernels.residual_codebook_statistics import residual_codebook_statistics
+
+    return residual_codebook_statistics(*args)
+
+
 statistics_op.implement("cpu", _cpu, refuses)
+statistics_op.implement("triton", _triton, refuses_triton)
 
 
 def residual_codebook_statistics(
@@ -62,7 +74,8 @@ def residual_codebook_statistics(
     computes them; of all stages together they are never written. Sums are float32 in a fixed order, whatever
     the number of threads. No gradient.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``reference``.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton``, for codebooks of one size, which sorts the indices of
+    all stages at once; ``reference``.
 
     Args:
         x, codebooks, dim: as of :func:`residual_vector_quantize`; the codebooks as they were when the indices

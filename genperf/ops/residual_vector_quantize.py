@@ -16,7 +16,7 @@ from torch import Tensor
 from genperf import _backend
 from genperf._op import Operator
 from genperf.ops import _residual_vector_quantize_reference as formulas
-from genperf.ops._residual_vector_quantize_checks import Codebooks, check, refuses
+from genperf.ops._residual_vector_quantize_checks import Codebooks, check, refuses, refuses_triton
 from genperf.ops.residual_codebook_statistics import statistics_op
 from genperf.ops.vq_nearest import METRICS
 
@@ -95,12 +95,6 @@ def _triton_backward(*args: Any) -> Tensor:
     return residual_vector_quantize_backward(*args)
 
 
-def _refuses_triton(x: Tensor, codebooks: Sequence[Tensor], *_: Any) -> str | None:
-    if len({codebook.shape[0] for codebook in codebooks}) > 1:
-        return "codebooks of different sizes are left to the reference"
-    return refuses(x.reshape(-1), codebooks)  # of any number of dimensions
-
-
 def _refuses_triton_backward(
     grad: Tensor, coefficients: Tensor, x: Tensor, codebooks: Sequence[Tensor], indices: Tensor,
     rotation: bool, of_sum: bool, fraction: float,
@@ -109,11 +103,11 @@ def _refuses_triton_backward(
         return "a rotation with a residual gradient is left to the reference"
     if x.shape[-1] > 8192:
         return f"vectors of {x.shape[-1]} elements, at most 8192"
-    return _refuses_triton(x, codebooks)
+    return refuses_triton(x, codebooks)
 
 
 _forward_op.implement("cpu", _cpu, refuses)
-_forward_op.implement("triton", _triton, _refuses_triton)
+_forward_op.implement("triton", _triton, refuses_triton)
 _backward_op.implement("cpu", _cpu_backward, lambda *args: refuses(*args[2:]))
 _backward_op.implement("triton", _triton_backward, _refuses_triton_backward)
 

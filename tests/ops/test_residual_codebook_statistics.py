@@ -9,7 +9,7 @@ from genperf_testing.cases import SHAPES, Case, normals
 
 from genperf.ops import residual_codebook_statistics, residual_vector_quantize
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 
 
 def _indices(shape, n_codewords, stages):

@@ -124,7 +124,8 @@ def segmented_sums(
         _chunks_kernel[(triton.cdiv(chunks, block_c), triton.cdiv(dim, block_d))](
             x, keys, order, starts, words, coefficient if pull else partials, indices, sums, partials,
             sizes, strides, x.stride(-1), *word_strides, rows, n, n_codewords, dim, stages or 1, n_keys,
-            of_group, PULL=pull, STAGED=stages is not None, ROWS=ROWS, BLOCK_C=block_c, BLOCK_D=block_d, **LAUNCH,
+            of_group, PULL=pull, STAGED=stages is not None, ROWS=ROWS, BLOCK_C=block_c, BLOCK_D=block_d,
+            **LAUNCH,
         )  # fmt: skip
         if n_keys:
             _join_kernel[(n_keys, triton.cdiv(dim, block_d))](

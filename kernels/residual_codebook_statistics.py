@@ -1,4 +1,4 @@
-"""Counts and sums of residuals by their codeword; the op is ``genperf/ops/residual_codebook_statistics.py``."""
+"""Counts and sums of residuals by codeword; the op is ``genperf/ops/residual_codebook_statistics.py``."""
 
 from collections.abc import Sequence
 from functools import partial

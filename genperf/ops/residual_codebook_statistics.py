@@ -74,8 +74,8 @@ def residual_codebook_statistics(
     computes them; of all stages together they are never written. Sums are float32 in a fixed order, whatever
     the number of threads. No gradient.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton``, for codebooks of one size, which sorts the indices of
-    all stages at once; ``reference``.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton``, for codebooks of one size, which sorts the indices
+    of all stages at once; ``reference``.
 
     Args:
         x, codebooks, dim: as of :func:`residual_vector_quantize`; the codebooks as they were when the indices

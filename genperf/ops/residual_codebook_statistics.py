@@ -74,7 +74,7 @@ def residual_codebook_statistics(
     computes them; of all stages together they are never written. Sums are float32 in a fixed order, whatever
     the number of threads. No gradient.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton``, for codebooks of one size, which sorts the indices
+    Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton``, for codebooks of one size, which sorts the
     of all stages at once; ``reference``.
 
     Args:

@@ -75,7 +75,7 @@ def residual_codebook_statistics(
     the number of threads. No gradient.
 
     Backends: ``cpu`` (baseline, AVX2, AVX-512); ``triton``, for codebooks of one size, which sorts the
-    of all stages at once; ``reference``.
+    indices of all stages at once; ``reference``.
 
     Args:
         x, codebooks, dim: as of :func:`residual_vector_quantize`; the codebooks as they were when the indices

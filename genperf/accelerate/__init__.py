@@ -9,10 +9,11 @@ import sys
 import types
 
 from genperf.accelerate._accelerate import accelerate
+from genperf.accelerate._namespace import Namespace, namespace
 from genperf.accelerate._report import Entry, Report
 from genperf.accelerate._verify import Verification
 
-__all__ = ["Entry", "Report", "Verification", "accelerate"]
+__all__ = ["Entry", "Namespace", "Report", "Verification", "accelerate", "namespace"]
 
 
 class _CallableModule(types.ModuleType):

@@ -113,19 +113,25 @@ class Report:
     def __str__(self) -> str:
         if not self.entries:
             return f"{type(self.model).__name__}: nothing in it is known to genperf"
-        rows = [
-            (
-                entry.name or "(model)",
-                entry.was,
-                entry.kernel or "-",
-                entry.backend if entry.kernel else f"left alone: {entry.reason}",
-            )
-            for entry in self.entries
-        ]
-        table = tabulate(rows, headers=("module", "what it was", "kernel", "backend"), tablefmt="simple")
-        return f"{table}\n{len(self.accelerated)} accelerated, {len(self.left_alone)} left alone"
+        return as_table(self.entries, "module")
 
     __repr__ = __str__
+
+
+def as_table(entries: list[Entry], named: str) -> str:
+    """The entries, with ``named`` above their names."""
+    rows = [
+        (
+            entry.name or "(model)",
+            entry.was,
+            entry.kernel or "-",
+            entry.backend if entry.kernel else f"left alone: {entry.reason}",
+        )
+        for entry in entries
+    ]
+    table = tabulate(rows, headers=(named, "what it was", "kernel", "backend"), tablefmt="simple")
+    n_accelerated = sum(bool(entry.kernel) for entry in entries)
+    return f"{table}\n{n_accelerated} accelerated, {len(entries) - n_accelerated} left alone"
 
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}

@@ -63,10 +63,20 @@ def rebind(function: FunctionType, old: object, new: object) -> FunctionType:
     Raises:
         CannotRewrite: see the module's docstring.
     """
+    return rebind_all(function, [(old, new)])
+
+
+def rebind_all(function: FunctionType, replacements: list[tuple[Any, Any]]) -> FunctionType:
+    """:func:`rebind` for several pairs of an old and a new object."""
 
     def innermost(inner: FunctionType) -> FunctionType:
-        names = {name for name in global_names(inner.__code__) if inner.__globals__.get(name) is old}
-        return recompile(inner, dict.fromkeys(names, new)) if names else inner
+        bindings = {
+            name: new
+            for name in global_names(inner.__code__)
+            for old, new in replacements
+            if inner.__globals__.get(name) is old
+        }
+        return recompile(inner, bindings) if bindings else inner
 
     return _map_chain(function, innermost)
 

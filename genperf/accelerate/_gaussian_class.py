@@ -49,43 +49,40 @@ def looks_like_one(value: Any) -> bool:
 
 
 @functools.cache
-def recognised(cls: type) -> bool:
-    """Whether ``sample`` returns the sample twice (its noise is overwritten with it), not with its noise.
+def check(cls: type) -> None:
+    """That ``cls`` is such a Gaussian, and that ``sample`` returns the sample twice, as NVAE's does, whose
+    noise is overwritten with it.
 
     Raises:
         Unknown: it is another Gaussian, with the reason.
     """
     generator = torch.Generator().manual_seed(0)
-    twice = False
-    for temperature in (1.0, 0.7):
+    tempered = len(inspect.signature(cls).parameters) > 2
+    for temperature in (1.0, 0.7) if tempered else (1.0,):
         tensors = [2 * torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64) for _ in range(4)]
-        more = (temperature,) if len(inspect.signature(cls).parameters) > 2 else ()
+        more = (temperature,) if tempered else ()
         try:
-            theirs = _results(lambda m, s, more=more: cls(m, s, *more), cls, tensors)
+            theirs = _theirs(cls, more, tensors)
+        except Unknown:
+            raise
         except Exception as error:
             raise Unknown(f"the probe failed with {type(error).__name__}: {error}") from error
-        given = temperature if more else 1.0
-        ours = _results(lambda m, s, t=given: Arguments(m, s, t), None, tensors)
-        twice = theirs[1] is theirs[0]
-        if not twice:
-            raise Unknown("its sample returns something else than the sample, twice")
-        for name, a, b in zip(("sample", "sample", "kl", *["gradient"] * 4), theirs, ours, strict=True):
+        ours = _ours(temperature, tensors)
+        names = ("sample", "kl", *["gradient"] * 4)
+        for name, a, b in zip(names, theirs, ours, strict=True):
             if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-8, atol=1e-9):
-                return _unknown(name)
-    return twice
-
-
-def _unknown(name: str) -> bool:
-    raise Unknown(f"its {name} is not that of a Gaussian with 5 tanh(x / 5) of its mean and log-scale")
+                raise Unknown(
+                    f"its {name} is not that of a Gaussian with 5 tanh(x / 5) of its mean and log-scale"
+                )
 
 
 def methods(cls: type, rng: str) -> dict[str, Callable[..., Any]]:
     """The methods that take the place of those of ``cls``.
 
     Raises:
-        Unknown: see :func:`recognised`.
+        Unknown: see :func:`check`.
     """
-    recognised(cls)
+    check(cls)
     signature = inspect.signature(cls)
     theirs = {name: vars(cls)[name] for name in _METHODS}
     lazy = Lazy(cls, theirs["__init__"])
@@ -151,13 +148,28 @@ def _kl(mine: Arguments, its: Arguments) -> Tensor:
     return divergence.to(mine.mean.dtype)
 
 
-def _results(make: Callable[[Tensor, Tensor], Any], cls: type | None, tensors: list[Tensor]) -> list[Tensor]:
-    """The sample as it is returned, the divergence, and the gradients of both."""
+def _theirs(cls: Any, more: tuple[float, ...], tensors: list[Tensor]) -> list[Tensor]:
+    """What ``sample`` returns, the divergence, and the gradients of both."""
     arguments = [t.clone().requires_grad_() for t in tensors]
     with torch.enable_grad(), on_this_device():
         torch.manual_seed(_SEED)
-        q = make(*arguments[:2])
-        z, second = q.sample() if cls is not None else (_sample(q, "torch"),) * 2
-        divergence = _kl(q, Arguments(*arguments[2:], 1.0)) if cls is None else q.kl(cls(*arguments[2:]))
-        total = (z * torch.linspace(0.5, 1.5, z.numel()).view_as(z)).sum() + divergence.square().sum()
-        return [z, second, divergence, *torch.autograd.grad(total, arguments)]
+        q = cls(*arguments[:2], *more)
+        z, second = q.sample()
+        if second is not z:
+            raise Unknown("its sample returns something else than the sample, twice")
+        return _with_gradients(z, q.kl(cls(*arguments[2:])), arguments)
+
+
+def _ours(temperature: float, tensors: list[Tensor]) -> list[Tensor]:
+    arguments = [t.clone().requires_grad_() for t in tensors]
+    with torch.enable_grad(), on_this_device():
+        torch.manual_seed(_SEED)
+        q = Arguments(arguments[0], arguments[1], temperature)
+        p = Arguments(arguments[2], arguments[3], 1.0)
+        return _with_gradients(_sample(q, "torch"), _kl(q, p), arguments)
+
+
+def _with_gradients(z: Tensor, divergence: Tensor, arguments: list[Tensor]) -> list[Tensor]:
+    weights = torch.linspace(0.5, 1.5, z.numel()).view_as(z)
+    total = (z * weights).sum() + divergence.square().sum()
+    return [z, divergence, *torch.autograd.grad(total, arguments)]

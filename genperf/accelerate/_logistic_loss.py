@@ -117,7 +117,7 @@ def recognised(function: FunctionType) -> Loss:
     forms, reason = [], ""
     for others in other_arguments(parameters[2:]):
         try:
-            forms.append((others, _form(lambda a, b, others=others: function(a, b, *others))))
+            forms.append((others, _form(_with_others(function, others))))
         except Unknown as error:
             reason = reason or str(error)
     if not forms:
@@ -147,6 +147,10 @@ def replacement(function: FunctionType, loss: Loss) -> Callable[..., Tensor]:
         return function(*args, **kwargs) if dtype is None else form(first, second).to(dtype)
 
     return replaced
+
+
+def _with_others(function: FunctionType, others: tuple[Any, ...]) -> Callable[[Tensor, Tensor], Any]:
+    return lambda first, second: function(first, second, *others)
 
 
 def _form(loss: Callable[[Tensor, Tensor], Any]) -> Form:

@@ -65,6 +65,8 @@ def values_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[
     Raises:
         TypeError: they do not fit the signature.
     """
+    if not kwargs and len(args) == len(signature.parameters):
+        return list(args)
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return list(bound.arguments.values())

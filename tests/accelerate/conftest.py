@@ -19,6 +19,7 @@ _models = _load("accelerate_models", "models.py")
 _loops = _load("accelerate_pixel_loops", "pixel_loops.py")
 _quantizers = _load("accelerate_quantizers", "quantizers.py")
 _flows = _load("accelerate_flows", "flows.py")
+_logistics = _load("accelerate_logistics", "logistics.py")
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +44,12 @@ def quantizers():
 def flows():
     """tests/accelerate/flows.py, importable by name."""
     return _flows
+
+
+@pytest.fixture(scope="session")
+def logistics():
+    """tests/accelerate/logistics.py, importable by name."""
+    return _logistics
 
 
 @pytest.fixture(scope="session")

@@ -16,19 +16,15 @@
 //   sync                  what members wrote is seen by all
 #pragma once
 
+#include "../common/inverse_cdf.h"
 #include "../common/logistic.h"
 #include "program.h"
-
-#ifdef __CUDACC__
-#define GENPERF_TEAM __device__
-#else
-#define GENPERF_TEAM
-#endif
 
 namespace genperf::pixel {
 inline namespace GENPERF_ISA {
 
-inline constexpr int kLeaf = 16;      // children of a node of the tree
+using genperf::kLeaf;
+
 inline constexpr int kPadding = 32;   // a warp takes two blocks at a time
 inline constexpr int kMaxDrawn = 3;   // values of a draw
 inline constexpr int kMaxLevels = 4;  // 16^4 = 65,536 classes
@@ -65,70 +61,6 @@ GENPERF_HD int level_begin(int classes, int level) {
     n = static_cast<int>(padded_classes(n / kLeaf));
   }
   return begin;
-}
-
-// Logits that take part: above `least`, or equal to it and before `end`.
-struct Limit {
-  float least = -kInfinity;
-  int32_t end = INT32_MAX;
-
-  // NaN is never excluded, so that the sum tells of it.
-  template <class F, class I>
-  GENPERF_HD F weight(F weight, F logit, I index) const {
-    F tied = select(index >= end, splat<F>(0.0f), weight);
-    return select(logit < least, splat<F>(0.0f), select(logit == least, tied, weight));
-  }
-};
-
-// Floats as integers in the same order, and back.
-GENPERF_HD int32_t order_of(int32_t bits) { return bits ^ ((bits >> 31) & INT32_MAX); }
-
-// The k largest of the logits in `scratch`, ties to the lowest index: bisection over all floats, then
-// over the indices of those equal to the least.
-template <class Team>
-GENPERF_TEAM Limit limit_of(const Team& team, const float* scratch, int blocks, int classes, int k,
-                            float largest) {
-  using F = typename Team::F;
-  using I = typename Team::I;
-  auto count = [&](auto holds) {
-    I n = splat<I>(0);
-    for (int b = team.block(); b < blocks; b += team.step()) {
-      n = n + select(holds(team.load(scratch, b), team.index(b)), splat<I>(1), splat<I>(0));
-    }
-    return team.total(n);
-  };
-  int32_t low = order_of(to_bits(-kInfinity)), high = order_of(to_bits(largest));
-  int kept = classes;  // at least k logits are as large as `low`
-  while (low < high && kept != k) {
-    const int32_t middle =
-        low + static_cast<int32_t>((static_cast<uint32_t>(high) - static_cast<uint32_t>(low) + 1) / 2);
-    const float t = from_bits<float>(order_of(middle));
-    const int n = count([&](F x, I) { return x >= t; });
-    if (n >= k) {
-      low = middle;
-      kept = n;
-    } else {
-      high = middle - 1;
-    }
-  }
-  Limit limit{from_bits<float>(order_of(low)), INT32_MAX};
-  if (kept == k) return limit;
-  const int room = k - count([&](F x, I) { return x > limit.least; });
-  int first = 1, last = classes;
-  while (first < last) {
-    const int middle = (first + last) / 2;
-    const int n = count([&](F x, I index) {
-      return select(index < splat<I>(middle), select(x == limit.least, splat<I>(1), splat<I>(0)),
-                    splat<I>(0)) > 0;
-    });
-    if (n >= room) {
-      last = middle;
-    } else {
-      first = middle + 1;
-    }
-  }
-  limit.end = first;
-  return limit;
 }
 
 // The class at which the running sum of weights exp((logit - max) / temperature) reaches `u` times their
@@ -178,17 +110,7 @@ GENPERF_TEAM int choose(const Team& team, const float* logits, int64_t stride, i
   int chosen = 0;
   for (; top >= 0; --top) {
     const float* children = scratch + level_begin(classes, top) + chosen * kLeaf;
-    double running = before;
-    int child = 0;
-    for (int j = 0; j < kLeaf; ++j) {
-      const double next = running + static_cast<double>(children[j]);
-      if (children[j] > 0.0f) {  // the last such where none reaches the target
-        child = j;
-        before = running;
-        if (next >= target) break;
-      }
-      running = next;
-    }
+    const int child = child_of(children, target, before);
     chosen = chosen * kLeaf + child;
   }
   team.sync();  // before the scratch memory is used again

@@ -11,6 +11,7 @@ from genperf.ops._mixture_logistic_checks import check_integer, check_number, ch
 from genperf.ops._noise import check_noise
 
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MOST_CLASSES = 2**31 - 32
 #: temperature, top_k and top_p, as the torch ops take them.
 Settings = tuple[float, int, float]
 
@@ -45,7 +46,9 @@ def check_uniforms(
     return check_noise(op, "logits", like, noise, key, rng, generator, torch.rand)
 
 
-def refuses(logits: Tensor) -> str | None:
+def refuses(logits: Tensor, *_: Any) -> str | None:
     if logits.dtype not in _NATIVE_DTYPES:
         return f"{logits.dtype} is left to the reference"
+    if logits.shape[-1] > _MOST_CLASSES:
+        return f"{logits.shape[-1]} classes, at most {_MOST_CLASSES}"
     return f"{logits.dim()} dimensions, at most 8" if logits.dim() > 8 else None

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genperf import _backend
 from genperf._op import Operator
-from genperf.ops._categorical_checks import Settings, check_logits, check_settings
+from genperf.ops._categorical_checks import Settings, check_logits, check_settings, refuses
 from genperf.ops._categorical_reference import reference_log_prob, reference_log_prob_backward
 
 __all__ = ["categorical_log_prob"]
@@ -28,7 +29,11 @@ def _output(logits: Tensor, index: Tensor, *_: Any) -> Tensor:
 
 
 def _gradient(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+    return torch.empty_like(logits)
+
+
+def _reference_backward(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return _gradient(grad, logits).copy_(reference_log_prob_backward(grad, logits, *rest))
 
 
 _SETTINGS = "float temperature, int top_k, float top_p"
@@ -36,9 +41,29 @@ _op = Operator(OP, f"(Tensor logits, Tensor index, {_SETTINGS}) -> Tensor", refe
 _backward_op = Operator(
     f"{OP}_backward",
     f"(Tensor grad, Tensor logits, Tensor index, {_SETTINGS}) -> Tensor",
-    reference_log_prob_backward,
+    _reference_backward,
     _gradient,
 )
+
+
+def _cpu(logits: Tensor, index: Tensor, *settings: Any) -> Tensor:
+    log_prob = _output(logits, index)
+    _backend.native.cpu.categorical_log_prob(  # type: ignore[union-attr]
+        logits, index.contiguous(), log_prob, *settings
+    )
+    return log_prob
+
+
+def _cpu_backward(grad: Tensor, logits: Tensor, index: Tensor, *settings: Any) -> Tensor:
+    of_logits = _gradient(grad, logits)
+    _backend.native.cpu.categorical_log_prob_backward(  # type: ignore[union-attr]
+        grad.contiguous(), logits, index.contiguous(), of_logits, *settings
+    )
+    return of_logits
+
+
+_op.implement("cpu", _cpu, refuses)
+_backward_op.implement("cpu", _cpu_backward, lambda grad, *rest: refuses(*rest))
 
 
 class LogProb(torch.autograd.Function):

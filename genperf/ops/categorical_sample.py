@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genperf import _backend
 from genperf._op import Operator
-from genperf.ops._categorical_checks import check_logits, check_settings, check_uniforms
+from genperf.ops._categorical_checks import check_logits, check_settings, check_uniforms, refuses
 from genperf.ops._categorical_reference import reference_sample
 from genperf.ops.categorical_log_prob import LogProb, wide_dtype
 
@@ -44,6 +45,20 @@ _op = Operator(
     reference_sample,
     _outputs,
 )
+
+
+def _cpu(
+    logits: Tensor, noise: Tensor | None, key: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    index, log_prob = _outputs(logits, *settings)
+    noise = None if noise is None else noise.contiguous()
+    _backend.native.cpu.categorical_sample(  # type: ignore[union-attr]
+        logits, noise, key, index, log_prob, *settings[:-1]
+    )
+    return index, log_prob
+
+
+_op.implement("cpu", _cpu, refuses)
 
 
 def categorical_sample(

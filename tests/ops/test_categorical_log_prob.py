@@ -9,7 +9,7 @@ from genperf_testing.cases import Case, normals
 
 from genperf.ops import categorical_log_prob
 
-OPS = ("reference",)
+OPS = ("reference", "cpu")
 
 
 @pytest.fixture(params=parameters(b for b in BACKENDS if b.backend in OPS))

@@ -1,0 +1,128 @@
+"""Likelihoods whose terms are an element's own: the torch ops and the gradient of such a head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genperf import _backend
+from genperf._op import Operator
+from genperf.ops._mixture_logistic_checks import check_one_of, check_tensor
+from genperf.ops._mixture_logistic_reference import wide
+from genperf.ops.mixture_logistic_nll import _scaled_by
+
+REDUCTIONS = ("none", "sample", "sum")
+_INPUTS = "Tensor params, Tensor? scale, Tensor x"
+_SETTINGS = "float factor, float low, float high, int reduction"
+
+
+def check_reduction(op: str, reduction: str) -> int:
+    check_one_of(op, "reduction", reduction, REDUCTIONS)
+    return REDUCTIONS.index(reduction)
+
+
+def check_values(op: str, x: Any, like: Tensor, name: str) -> None:
+    """Values x of the shape of ``like``, the parameter ``name`` of each of them."""
+    check_tensor(op, "x", x)
+    if x.device != like.device:
+        raise ValueError(f"{op}: x is on {x.device}, expected {like.device}, as {name}")
+    if x.shape != like.shape:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, expected {tuple(like.shape)}, as {name}")
+
+
+def _output(params: Tensor, scale: Tensor | None, x: Tensor, *settings: Any) -> Tensor:
+    shape = (x.shape, x.shape[:1], torch.Size(()))[settings[-1]]
+    return params.new_empty(shape, dtype=wide(params).dtype)
+
+
+def _gradients(grad: Tensor, params: Tensor, scale: Tensor | None, x: Tensor, *settings: Any):
+    want_params, want_scale, want_x = settings[-3:]
+    return (
+        torch.empty_like(params) if want_params else None,
+        torch.empty_like(scale) if want_scale and scale is not None else None,
+        torch.empty_like(x) if want_x else None,
+    )
+
+
+def _both_outputs(params: Tensor, scale: None, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    return _output(params, scale, x, *settings), torch.empty_like(params)
+
+
+class ElementNll:
+    """The torch ops ``genperf::<name>``, ``<name>_backward`` and ``<name>_with_gradient``."""
+
+    def __init__(self, name: str, reference: Callable[..., Tensor], backward: Callable[..., Any]) -> None:
+        def with_gradient(params: Tensor, scale: None, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+            nll = reference(params, scale, x, *settings)
+            gradient = backward(torch.ones_like(nll), params, scale, x, *settings, True, False, False)[0]
+            return nll, gradient
+
+        self.reference_backward = backward
+        self.forward = Operator(name, f"({_INPUTS}, {_SETTINGS}) -> Tensor", reference, _output)
+        self.backward = Operator(
+            f"{name}_backward",
+            f"(Tensor grad, {_INPUTS}, {_SETTINGS}, bool want_params, bool want_scale, bool want_x)"
+            " -> (Tensor grad_params, Tensor grad_scale, Tensor grad_x)",
+            backward,
+            _gradients,
+        )
+        self.both = Operator(
+            f"{name}_with_gradient",
+            f"({_INPUTS}, {_SETTINGS}) -> (Tensor nll, Tensor grad_params)",
+            with_gradient,
+            _both_outputs,
+        )
+
+    def __call__(self, params: Tensor, scale: Tensor | None, x: Tensor, settings: tuple[Any, ...]) -> Tensor:
+        """Of params [B, 1 or 2, *], a scale [B, *] where there is one, and x [B, *]."""
+        if params.dtype == torch.float64 or x.dtype == torch.float64:
+            x = x.to(wide(params).dtype)
+        tensors = [t for t in (params, scale, x) if t is not None]
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+            return self.forward(params, scale, x, *settings)
+        return _ElementNll.apply(params, scale, x, self, _at_once(params, scale, x), *settings)
+
+
+def _at_once(params: Tensor, scale: Tensor | None, x: Tensor) -> bool:
+    """Whether the gradient is best made in forward, as of ``mixture_logistic_nll``."""
+    return (
+        params.device.type == "cpu"
+        and params.dtype == torch.float32
+        and params.requires_grad
+        and scale is None
+        and not x.requires_grad
+        and not torch.compiler.is_dynamo_compiling()
+        and _backend.forced() in (None, "cpu")
+    )
+
+
+class _ElementNll(torch.autograd.Function):
+    """Saves the inputs alone; where ``at_once`` the gradient is made in forward, and used up by backward."""
+
+    @staticmethod
+    def forward(ctx, params, scale, x, head, at_once, *settings):
+        ctx.save_for_backward(params, scale, x)
+        ctx.head, ctx.settings, ctx.gradient = head, settings, None
+        if not at_once:
+            return head.forward(params, scale, x, *settings)
+        nll, ctx.gradient = head.both(params, scale, x, *settings)
+        return nll
+
+    @staticmethod
+    def backward(ctx, grad):
+        wanted = ctx.needs_input_grad[:3]
+        grads: tuple[Tensor | None, ...]
+        if torch.is_grad_enabled():
+            # With create_graph=True the formulas themselves are differentiated.
+            grads = ctx.head.reference_backward(grad, *ctx.saved_tensors, *ctx.settings, *wanted)
+        elif ctx.gradient is not None:
+            gradient, ctx.gradient = ctx.gradient, None
+            grads = _scaled_by(gradient, grad), None, None
+        else:
+            grads = ctx.head.backward(grad, *ctx.saved_tensors, *ctx.settings, *wanted)
+        return *(g if asked else None for g, asked in zip(grads, wanted, strict=True)), *(
+            None for _ in range(2 + len(ctx.settings))
+        )

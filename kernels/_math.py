@@ -46,23 +46,36 @@ def log(x):
 
 
 @triton.jit
-def exp(x):
-    """e^x, overflowing to inf and underflowing gradually to 0; NaN stays NaN."""
-    c = tl.where(x > 89.0, 89.0, x)
-    c = tl.where(c < -104.0, -104.0, c)
-    shifted = c * LOG2_E + 12582912.0  # adding 3 * 2^22 rounds to an integer
+def _exp_fraction(x):
+    """e^x = y 2^n for |x| <= 104 or NaN: n as the low bits of the first result, and y in [0.7, 1.5]."""
+    shifted = x * LOG2_E + 12582912.0  # adding 3 * 2^22 rounds to an integer
     n = shifted - 12582912.0
-    r = c - n * LN2_HIGH
+    r = x - n * LN2_HIGH
     r = r - n * LN2_LOW
     r2 = r * r
     y = (5.0000001201e-1 + 1.6666665459e-1 * r) + (4.1665795894e-2 + 8.3334519073e-3 * r) * r2
     y = y + (1.3981999507e-3 + 1.9875691500e-4 * r) * (r2 * r2)
-    y = y * r2 + r + 1.0
+    return shifted, y * r2 + r + 1.0
+
+
+@triton.jit
+def exp(x):
+    """e^x, overflowing to inf and underflowing gradually to 0; NaN stays NaN."""
+    c = tl.where(x > 89.0, 89.0, x)
+    c = tl.where(c < -104.0, -104.0, c)
+    shifted, y = _exp_fraction(c)
     # 2^n in two factors, since n reaches 128 and -150.
     k = shifted.to(tl.int32, bitcast=True) - 0x4B400000
     half = k >> 1
     y = y * ((half + 127) << 23).to(tl.float32, bitcast=True)
     return y * ((k - half + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp_bounded(x):
+    """e^x for -87 <= x <= 88 or NaN: the same bits as exp."""
+    shifted, y = _exp_fraction(x)
+    return y * ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

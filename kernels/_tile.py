@@ -23,10 +23,10 @@ TILE = 1024
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-def tile_shape(n_elements: int) -> tuple[int, int]:
+def tile_shape(n_elements: int, size: int = TILE) -> tuple[int, int]:
     """BLOCK_B, BLOCK_N. Never from the batch size: a sample's sum does not depend on its batch."""
-    block_n = min(TILE, max(4, triton.next_power_of_2(n_elements)))
-    return TILE // block_n, block_n
+    block_n = min(size, max(4, triton.next_power_of_2(n_elements)))
+    return size // block_n, block_n
 
 
 class Plan(NamedTuple):
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def plan(shape: tuple[int, ...], *strides: tuple[int, ...] | None) -> Plan:
+def plan(shape: tuple[int, ...], *strides: tuple[int, ...] | None, size: int = TILE) -> Plan:
     """The tiling of tensors of one non-empty shape [B, *], given their strides (None: absent).
 
     The dimensions of a sample are walked in the memory order of the first tensor, and those
@@ -63,7 +63,7 @@ def plan(shape: tuple[int, ...], *strides: tuple[int, ...] | None) -> Plan:
             merged.append((shape[d], step))
     merged = merged or [(1, (1,) * len(present))]
     n_elements = math.prod(shape[1:])
-    block_b, block_n = tile_shape(n_elements)
+    block_b, block_n = tile_shape(n_elements, size)
     n_chunks = max(1, triton.cdiv(n_elements, block_n))
     steps = iter(zip(*(step for _, step in merged), strict=True))
     return Plan(

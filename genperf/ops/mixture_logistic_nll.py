@@ -90,6 +90,18 @@ def _cpu_with_gradient(params: Tensor, x: Tensor, *settings: Any) -> tuple[Tenso
     return nll, gradient
 
 
+def _triton(params: Tensor, x: Tensor, *settings: Any) -> Tensor:
+    from genperf.kernels.mixture_logistic_nll import mixture_logistic_nll
+
+    return mixture_logistic_nll(params, x, *settings)
+
+
+def _triton_backward(grad: Tensor, params: Tensor, x: Tensor, *settings: Any) -> tuple[Tensor | None, ...]:
+    from genperf.kernels.mixture_logistic_nll import mixture_logistic_nll_backward
+
+    return mixture_logistic_nll_backward(grad, params, x, *settings)
+
+
 def _refuses(params: Tensor, x: Tensor, *_: Any) -> str | None:
     for tensor in (params, x):
         if tensor.dtype not in _NATIVE_DTYPES:
@@ -111,6 +123,8 @@ _backward_op = Operator(
 )
 _forward_op.implement("cpu", _cpu, _refuses)
 _backward_op.implement("cpu", _cpu_backward, _refuses_backward)
+_forward_op.implement("triton", _triton, _refuses)
+_backward_op.implement("triton", _triton_backward, _refuses_backward)
 
 
 _both_op = Operator(

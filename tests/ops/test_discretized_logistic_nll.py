@@ -12,7 +12,7 @@ from genperf_testing.mixture import eager_nll, level_values, random_levels
 
 from genperf.ops import discretized_logistic_nll, mixture_logistic_nll
 
-OPS = ("reference", "cpu")
+OPS = ("reference", "cpu", "triton")
 
 
 @pytest.fixture(params=parameters(b for b in BACKENDS if b.backend in OPS))

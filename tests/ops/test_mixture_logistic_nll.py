@@ -14,7 +14,7 @@ import genperf
 from genperf.bench.measure import peak_bytes
 from genperf.ops import mixture_logistic_nll
 
-OPS = ("reference", "cpu")
+OPS = ("reference", "cpu", "triton")
 CONVENTIONS = ("default", "openai", "vdvae", "nvae")
 any_convention = pytest.mark.parametrize("convention", CONVENTIONS)
 
@@ -26,7 +26,7 @@ def backend(request):
         yield request.param
 
 
-def _case(name, mixtures, channels, per_sample=True, **options):
+def _case(name, mixtures, channels, per_sample=True, backends=OPS, **options):
     n = mixtures * (3 if channels == 1 else 10)
 
     def function(*tensors):
@@ -48,15 +48,23 @@ def _case(name, mixtures, channels, per_sample=True, **options):
         return [random_levels((shape[0], channels, *shape[1:]), options.get("levels", 256), unit).float()]
 
     return Case(
-        name, function, inputs, constants, backends=OPS, elementwise=False, per_sample=per_sample, packs=True,
-        shapes=((5, 24), (3, 7), (2, 3, 5, 4), (2, 1100), (0, 4), (3, 0)),
+        name, function, inputs, constants, backends=backends, elementwise=False, per_sample=per_sample,
+        packs=True, shapes=((5, 24), (3, 7), (2, 3, 5, 4), (2, 1100), (0, 4), (3, 0)),
     )  # fmt: skip
 
 
 CASES = (
     _case("grey, sums", 2, 1, reduction="sample"),
     _case("RGB", 1, 3),
-    _case("grey, 5 bits, VDVAE, mean", 1, 1, convention="vdvae", levels=32, reduction="sample_mean"),
+    _case(
+        "grey, 5 bits, VDVAE, mean",
+        1,
+        1,
+        convention="vdvae",
+        levels=32,
+        reduction="sample_mean",
+        backends=("reference", "cpu"),
+    ),
     _case("grey, NVAE, sum", 1, 1, convention="nvae", reduction="sum", per_sample=False),
 )
 
@@ -65,6 +73,8 @@ CASES = (
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mixtures", [1, 5, 10])
 def test_definition(convention, channels, mixtures, backend):
+    if backend.costly and (mixtures != 5 or convention == "vdvae" or channels == 1):
+        pytest.skip("others stand for it where calls are slow")
     params = parameters_of(2, mixtures, channels, 5, 15)
     x = random_levels((2, channels, 5, 15), unit=convention == "nvae")
     expected = eager_nll(params.double(), x, "openai" if convention == "vdvae" else convention)
@@ -77,10 +87,12 @@ def test_definition(convention, channels, mixtures, backend):
 
 
 @any_convention
-@pytest.mark.parametrize("value", [0, 1, 127, 254, 255])
-def test_values_at_the_ends(convention, value, backend):
-    params = parameters_of(4, 3, 3, 8, 8, seed=value)
-    x = level_values(256, convention == "nvae")[value].expand(4, 3, 8, 8)
+def test_values_at_the_ends(convention, backend):
+    if backend.costly and convention == "vdvae":
+        pytest.skip("as OpenAI's, and calls are slow")
+    params = parameters_of(5, 2, 3, 4, 6, seed=1)
+    levels = torch.tensor([0, 1, 127, 254, 255])
+    x = level_values(256, convention == "nvae")[levels].view(5, 1, 1, 1).expand(5, 3, 4, 6)
     leaf, exact = params.clone().requires_grad_(), params.double().requires_grad_()
     out = mixture_logistic_nll(leaf, x.float(), convention=convention)
     expected = eager_nll(exact, x, convention)
@@ -115,6 +127,8 @@ def _sums(levels, log_scales, means, backend):
 
 @pytest.mark.parametrize("levels", [2, 32, 256])
 def test_probabilities_sum_to_one(levels, backend):
+    if backend.costly and levels == 256:
+        pytest.skip("interpreted, it takes long")
     log_scales = [-7.0, -5.5, -3.0, -1.0, 0.0, 1.5, 3.0]
     sums = _sums(levels, log_scales, [-30.0, -1.2, -1.0, -0.3, 0.001, 0.5, 1.0, 2.5], backend)
     # Of two levels the midpoint is 1 away from each: the rounding of a distance counts e^7 times.
@@ -174,8 +188,8 @@ def test_finite_at_the_extremes(channels, dtype, backend):
     n = mixtures * (3 if channels == 1 else 10)
     corners = torch.tensor([-largest, -30.0, 0.0, 30.0, largest])
     generator = torch.Generator().manual_seed(0)
-    params = corners[torch.randint(5, (1, n, 256), generator=generator)].to(dtype).requires_grad_()
-    x = random_levels((1, channels, 256)).float()
+    params = corners[torch.randint(5, (1, n, 128), generator=generator)].to(dtype).requires_grad_()
+    x = random_levels((1, channels, 128)).float()
     for convention in ("default", "openai"):
         nll = mixture_logistic_nll(params, x, convention=convention)
         assert nll.isfinite().all()
@@ -202,10 +216,11 @@ def _layouts(params, x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts_give_the_same_bits(dtype, backend):
-    params = parameters_of(3, 2, 3, 5, 13).to(dtype)
-    x = random_levels((3, 3, 5, 13)).float()
+    params = parameters_of(2, 2, 3, 5, 11).to(dtype)
+    x = random_levels((2, 3, 5, 11)).float()
     results = []
-    for p, values, dim in _layouts(params, x):
+    layouts = list(_layouts(params, x))
+    for p, values, dim in layouts[::3] if backend.costly else layouts:
         p = p.to(dtype)
         leaf = p.detach().requires_grad_()
         nll = mixture_logistic_nll(leaf, values, channel_dim=dim)
@@ -267,7 +282,7 @@ def test_empty(reduction, backend):
 def test_nan_stays_at_its_pixel(backend):
     clean = parameters_of(2, 2, 3, 6)
     x = random_levels((2, 3, 6)).float()
-    for channel in (0, 3, 5, 7):
+    for channel in (0, 5) if backend.costly else (0, 3, 5, 7):
         params = clean.clone()
         params[1, channel, 4] = torch.nan
         params.requires_grad_()

@@ -238,6 +238,9 @@ def mixture_logistic_nll(
     is finite for finite parameters: log-scales, and distances from a mean in scales, count as at most 2**60.
     A NaN makes a NaN at its own pixel, as do logits that are all -inf or one of +inf.
 
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton``, ``reference``. There is no CUDA C++ kernel: it
+    would be Triton's, instruction by instruction.
+
     Args:
         params: [B, P, *] with P = 3 K for grey and 10 K for RGB images, or [B, *, P]; float32, float16,
             bfloat16 or float64, any strides.

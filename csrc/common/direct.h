@@ -57,6 +57,17 @@ struct Torch {
     return is_true(PyObject_GetAttr(tensor, name));
   }
 
+  // Contiguous, of a tensor's dtype and device; of at least one dimension.
+  pybind11::object new_sized(PyObject* tensor, int ndim, const int64_t* shape) const {
+    pybind11::object sizes[kMaxDims];  // each an argument of its own: torch is slower to read a tuple
+    PyObject* args[1 + kMaxDims] = {tensor};
+    for (int d = 0; d < ndim; ++d) {
+      sizes[d] = pybind11::int_(shape[d]);
+      args[1 + d] = sizes[d].ptr();
+    }
+    return detail::owned(PyObject_Vectorcall(new_empty, args, 1 + ndim, nullptr));
+  }
+
   // Of the shape and strides of a tensor, and of its dtype or in float32.
   pybind11::object new_like(PyObject* tensor, bool own_dtype = true) const {
     PyObject* args[] = {tensor, float32};
@@ -92,6 +103,30 @@ inline bool same_kind(const DlTensor& a, const DlTensor& b) {
 
 inline bool same_shape(const DlTensor& a, const DlTensor& b) {
   return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+
+// Elements below which a kernel runs with the interpreter's lock: other threads may wait.
+inline constexpr int64_t kFewElements = 4096;
+
+// The key of a call: the one given, int64 [2] on the CPU, or, for None, passing.key (see philox_random.py)
+// filled from torch's default generator. False where it is anything else.
+inline bool key_of(const Torch& torch, PyObject* given, PyObject* passing, pybind11::object& key,
+                   View& view) {
+  static PyObject* const name = PyUnicode_InternFromString("key");
+  static PyObject* const random = PyUnicode_InternFromString("random_");
+  if (given == Py_None) {
+    key = detail::owned(
+        PyObject_CallMethodNoArgs(detail::owned(PyObject_GetAttr(passing, name)).ptr(), random));
+  } else {
+    key = pybind11::reinterpret_borrow<pybind11::object>(given);
+  }
+  DlTensor k;
+  DType dtype;
+  if (!torch.is_tensor(key.ptr()) || !borrow(key.ptr(), k) || !dtype_of(k, dtype) || dtype != DType::kInt64 ||
+      k.ndim != 1 || k.shape[0] != 2 || k.device_type != DlTensor::kCpu)
+    return false;
+  view = view_of(k, dtype);
+  return true;
 }
 
 using RawFunction = PyObject* (*)(PyObject* self, PyObject* const* args, Py_ssize_t n);

@@ -1,6 +1,7 @@
 // Tiles of some positions of a tensor [B, channels, *], channel by channel, as plain float arrays. They are
 // copies: channels whose distance is a power of two would fall upon each other in the first-level cache, and
-// a plain copy keeps more reads in flight than arithmetic between them would.
+// a plain copy keeps more reads in flight than arithmetic between them would, all the more the longer the
+// stretches are in which memory is read.
 #pragma once
 
 #include "chunk.h"
@@ -8,14 +9,17 @@
 namespace genperf {
 inline namespace GENPERF_ISA {
 
-// Positions of a tile: four cache lines of each channel at a time.
-inline constexpr int kTile = 64;
+// Positions of a tile: sixteen cache lines of each channel at a time.
+inline constexpr int kTile = 256;
+// From one channel of a tile to the next: with room for a block that begins at the last position, and no
+// power of two.
+inline constexpr int kRow = kTile + kLanes;
 
 // The values of each channel.
 struct Tile {
   float* data;
 
-  GENPERF_HD float* operator[](int64_t channel) const { return data + channel * kTile; }
+  GENPERF_HD float* operator[](int64_t channel) const { return data + channel * kRow; }
 };
 
 class Planes {
@@ -52,12 +56,13 @@ class Planes {
     }
   }
 
-  // The first `channels` channels; `buffer` has room for kTile floats of each. Past n they are zero.
+  // The first `channels` channels; `buffer` has room for kRow floats of each. Past n they are zero up to
+  // a whole block.
   Tile read(const Span& span, int n, int64_t channels, float* buffer) const {
     if (span.in_place) {
       const float* const from = static_cast<const float*>(where_.data) + span.offset[0];
       for (int64_t c = 0; c < channels; ++c)
-        std::memcpy(buffer + c * kTile, from + c * step_, kTile * sizeof(float));
+        std::memcpy(buffer + c * kRow, from + c * step_, kTile * sizeof(float));
       return {buffer};
     }
     const bool by_channel = step_ != 1;
@@ -65,11 +70,11 @@ class Planes {
     for (int64_t a = 0; a < outer; ++a) {
       for (int64_t b = 0; b < inner; ++b) {
         const int64_t c = by_channel ? a : b, i = by_channel ? b : a;
-        buffer[c * kTile + i] = element(span.offset[i] + c * step_);
+        buffer[c * kRow + i] = element(span.offset[i] + c * step_);
       }
     }
-    for (int64_t c = 0; n < kTile && c < channels; ++c)
-      for (int i = n; i < kTile; ++i) buffer[c * kTile + i] = 0.0f;
+    for (int64_t c = 0; c < channels; ++c)
+      for (int i = n; i < padded(n); ++i) buffer[c * kRow + i] = 0.0f;
     return {buffer};
   }
 
@@ -77,7 +82,7 @@ class Planes {
   void write(const Span& span, int n, const float* buffer) const {
     if (span.in_place) {
       float* const to = static_cast<float*>(where_.data) + span.offset[0];
-      for (int64_t c = 0; c < channels_; ++c) write_line(to + c * step_, buffer + c * kTile);
+      for (int64_t c = 0; c < channels_; ++c) write_line(to + c * step_, buffer + c * kRow);
       return;
     }
     const bool by_channel = step_ != 1;
@@ -85,7 +90,7 @@ class Planes {
     for (int64_t a = 0; a < outer; ++a) {
       for (int64_t b = 0; b < inner; ++b) {
         const int64_t c = by_channel ? a : b, i = by_channel ? b : a;
-        put(span.offset[i] + c * step_, buffer[c * kTile + i]);
+        put(span.offset[i] + c * step_, buffer[c * kRow + i]);
       }
     }
   }
@@ -97,8 +102,32 @@ class Planes {
 #endif
   }
 
-  float element(const Span& span, int i, int64_t channel) const {
-    return element((span.in_place ? span.offset[0] + i : span.offset[i]) + channel * step_);
+  // Elements of their own: `place` of channel `channel` at position i, where the next channels are step() on.
+  int64_t step() const { return step_; }
+  int64_t place(const Span& span, int i, int64_t channel) const {
+    return (span.in_place ? span.offset[0] + i : span.offset[i]) + channel * step_;
+  }
+
+  float element(const Span& span, int i, int64_t channel) const { return element(place(span, i, channel)); }
+
+  // The elements at place[i] + shift.
+  void gather(const int64_t* place, int n, int64_t shift, float* out) const {
+    if (where_.dtype == DType::kFloat32) {
+      const float* const from = static_cast<const float*>(where_.data) + shift;
+      for (int i = 0; i < n; ++i) out[i] = from[place[i]];
+    } else {
+      for (int i = 0; i < n; ++i) out[i] = element(place[i] + shift);
+    }
+  }
+
+  // Channels [begin, end) of a tile that is to be read, on their way to the second-level cache. For some at a
+  // time, between arithmetic: a processor drops what is asked for at once.
+  void prefetch(const Span& span, int64_t begin, int64_t end) const {
+    if (!span.in_place) return;
+    for (int64_t c = begin; c < end; ++c) {
+      const float* const from = static_cast<const float*>(where_.data) + span.offset[0] + c * step_;
+      for (int i = 0; i < kTile; i += 16) __builtin_prefetch(from + i, 0, 2);
+    }
   }
 
  private:

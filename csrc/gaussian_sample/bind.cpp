@@ -32,17 +32,6 @@ GaussianArgs backward_args(View grad_z, View grad_kl, View grad_log_prob, View m
   return a;
 }
 
-// Below this, other threads may wait.
-constexpr int64_t kFewElements = 4096;
-
-// passing.key, filled from torch's default generator.
-pybind11::object drawn(PyObject* passing) {
-  static PyObject* const key = PyUnicode_InternFromString("key");
-  static PyObject* const random = PyUnicode_InternFromString("random_");
-  return detail::owned(
-      PyObject_CallMethodNoArgs(detail::owned(PyObject_GetAttr(passing, key)).ptr(), random));
-}
-
 // (type, mean, scale, key, passing, (transform, low, high, offset, temperature, reduce), z, kl, log_prob) ->
 // `type` of the three results, None where not wanted; or NotImplemented where anything but a plain call
 // without a gradient is asked for, or the arguments do not fit. `type` is a tuple. Where `key` is None it is
@@ -67,15 +56,9 @@ pybind11::object forward_direct(PyObject* const* args, Py_ssize_t n) {
   const bool want_z = PyObject_IsTrue(args[6]), want_kl = PyObject_IsTrue(args[7]),
              want_log_prob = PyObject_IsTrue(args[8]);
 
-  py::object key = py::none();
-  DlTensor k;
-  DType key_dtype = DType::kInt64;
-  if (want_z || want_log_prob) {
-    key = args[3] == Py_None ? drawn(args[4]) : py::reinterpret_borrow<py::object>(args[3]);
-    if (!torch.is_tensor(key.ptr()) || !borrow(key.ptr(), k) || !dtype_of(k, key_dtype) ||
-        key_dtype != DType::kInt64 || k.ndim != 1 || k.shape[0] != 2 || k.device_type != DlTensor::kCpu)
-      return other;
-  }
+  py::object key;
+  View key_view;
+  if ((want_z || want_log_prob) && !key_of(torch, args[3], args[4], key, key_view)) return other;
   const auto sums = [&](bool wanted) -> py::object {
     if (!wanted) return py::none();
     if (reduce) return torch.new_floats(mean, dtype == DType::kFloat32, m.shape[0]);
@@ -86,7 +69,7 @@ pybind11::object forward_direct(PyObject* const* args, Py_ssize_t n) {
 
   GaussianArgs a{};
   a.mean = view_of(m, dtype), a.scale = view_of(s, dtype);
-  if (!key.is_none()) a.key = view_of(k, key_dtype);
+  a.key = key_view;
   a.z = view_of(z.ptr()), a.kl = view_of(kl.ptr()), a.log_prob = view_of(log_prob.ptr());
   a.transform = static_cast<Transform>(PyLong_AsLong(PyTuple_GET_ITEM(settings, 0)));
   const auto number = [=](int i) {

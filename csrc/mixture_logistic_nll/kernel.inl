@@ -1,6 +1,7 @@
 // CPU kernels, built once per instruction set (GENPERF_ISA). Vector lanes are positions. A block of 16
 // positions goes over all mixtures once, which leaves their log-probabilities and derivatives in the
 // first-level cache, and then over these.
+#include "../common/mask.h"
 #include "../common/planes.h"
 #include "../common/scratch.h"
 #include "math.h"
@@ -40,14 +41,6 @@ GENPERF_HD Vf larger(Vf x, Vf y) { return select(x > y, x, y); }
 GENPERF_HD Vf weight(Vf x, Vf largest) {
   const Vf z = x - largest;
   return select(z < -87.0f, splat<Vf>(0.0f), exp_down(z));
-}
-
-// Whether a mask holds in any lane.
-inline bool any(Vi mask) {
-  int32_t lane[kLanes], bits = 0;
-  store(lane, mask);
-  for (int32_t l : lane) bits |= l;
-  return bits != 0;
 }
 
 // Subtracted in place of a largest of -inf, where there is nothing to weigh.
@@ -196,8 +189,8 @@ template <int kChannels, bool kExact>
 void forward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
 #pragma omp parallel if (walk.parallel())
   {
-    Scratch<float> params_buffer(walk.params.channels() * kTile), held(walk.layout.mixtures * kLanes);
-    alignas(64) float x_buffer[kChannels * kTile], out[kTile];
+    Scratch<float> params_buffer(walk.params.channels() * kRow), held(walk.layout.mixtures * kLanes);
+    alignas(64) float x_buffer[kChannels * kRow], out[kTile];
     Planes::Span span;
     Vf x[kChannels];
 #pragma omp for schedule(static)
@@ -229,9 +222,9 @@ void backward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
 #pragma omp parallel if (walk.parallel())
   {
     const int64_t channels = walk.params.channels();
-    Scratch<float> params_buffer(channels * kTile), gradient_buffer(channels * kTile);
+    Scratch<float> params_buffer(channels * kRow), gradient_buffer(channels * kRow);
     Scratch<float> held(walk.layout.mixtures * kept(kChannels) * kLanes);
-    alignas(64) float x_buffer[kChannels * kTile], grad_x_buffer[kChannels * kTile], factor[kTile] = {};
+    alignas(64) float x_buffer[kChannels * kRow], grad_x_buffer[kChannels * kRow], factor[kTile] = {};
     Planes::Span span, params_span, x_span;
     Vf x[kChannels];
 #pragma omp for schedule(static)

@@ -1,5 +1,6 @@
 // The CPU kernel, built once per instruction set (GENPERF_ISA). Vector lanes are positions.
 #include "../common/logistic.h"
+#include "../common/mask.h"
 #include "../common/philox_cpu.h"
 #include "../common/planes.h"
 #include "../common/scratch.h"
@@ -13,7 +14,15 @@ namespace {
 
 constexpr int kMaxChannels = 3;
 
-// The uniforms of a tile, [slot][position].
+// A word of 16 groups from the order of philox_block to that of the groups.
+Vu in_order(Vu word) {
+  constexpr int kNativeLanes = kLanes / kParts, kQuads = kNativeLanes / 4;
+  Nu lane;
+  for (int i = 0; i < kNativeLanes; ++i) lane[i] = 4 * (i % kQuads) + i / kQuads;
+  return for_parts<Vu>([&](int i) { return __builtin_shuffle(word.part[i], lane); });
+}
+
+// The uniforms of a tile, a row for each slot: the mixture's, if there are logits, then the values'.
 struct Uniforms {
   const View key;
   const Planes of_mixture, of_values;
@@ -30,17 +39,16 @@ struct Uniforms {
 
   bool gumbel() const { return !key && of_mixture.channels() > 1; }
 
-  // `u` has slots tiles: the mixture's, if there are logits, then the values'.
   void read(int64_t start, int n, float* u) const {
-    Planes::Span span;
     if (!key) {
+      Planes::Span span;
       const int first = slots - channels;
       if (first && !gumbel()) {
         of_mixture.locate(start, n, span);
         copy(of_mixture, span, n, 1, u);
       }
       of_values.locate(start, n, span);
-      copy(of_values, span, n, channels, u + first * kTile);
+      copy(of_values, span, n, channels, u + first * kRow);
       return;
     }
     for (int done = 0; done < n;) {
@@ -48,11 +56,7 @@ struct Uniforms {
       const int64_t within = key.ndim == 2 ? at - sample * per_sample : at;
       const int64_t left = key.ndim == 2 ? per_sample - within : n;
       const int count = left < n - done ? static_cast<int>(left) : n - done;
-      alignas(64) PhiloxBuffer buffer;
-      const float* x = philox_chunk<Distribution::kUniform>(philox_key(key, sample), within * slots,
-                                                            count * slots, buffer);
-      for (int i = 0; i < count; ++i)
-        for (int j = 0; j < slots; ++j) u[j * kTile + done + i] = x[i * slots + j];
+      draw(philox_key(key, sample), within, count, u + done);
       done += count;
     }
   }
@@ -60,47 +64,90 @@ struct Uniforms {
  private:
   static void copy(const Planes& from, const Planes::Span& span, int n, int channels, float* to) {
     for (int c = 0; c < channels; ++c)
-      for (int i = 0; i < n; ++i) to[c * kTile + i] = from.element(span, i, c);
+      for (int i = 0; i < n; ++i) to[c * kRow + i] = from.element(span, i, c);
+  }
+
+  // Positions [start, start + n) of a sample; up to 15 more are written.
+  void draw(PhiloxKey k, int64_t start, int n, float* u) const {
+    if (slots == 4) {  // a position's are the four words of one group
+      const PhiloxSchedule schedule(k);
+      alignas(64) uint32_t words[kPhiloxBlock];
+      for (int i = 0; i < n; i += kLanes) {
+        philox_block(schedule, start + i, words);
+        for (int j = 0; j < 4; ++j)
+          store(u + j * kRow + i, uniform_from_bits<Vf>(in_order(load(words + j * kLanes))));
+      }
+      return;
+    }
+    alignas(64) PhiloxBuffer buffer;
+    const float* x = philox_chunk<Distribution::kUniform>(k, start * slots, n * slots, buffer);
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < slots; ++j) u[j * kRow + i] = x[i * slots + j];
   }
 };
 
-using Index = int32_t[kLanes];
+// Doubles of a native vector, and as many of other types.
+typedef double Nd __attribute__((vector_size(kNativeBytes)));
+typedef int64_t Nl __attribute__((vector_size(kNativeBytes)));
+typedef float HalfFloats __attribute__((vector_size(kNativeBytes / 2)));
+typedef int32_t HalfInts __attribute__((vector_size(kNativeBytes / 2)));
+constexpr int kDoubles = kNativeBytes / 8;
+
+Nd doubles(const float* x) {
+  HalfFloats narrow;
+  std::memcpy(&narrow, x, sizeof narrow);
+  return __builtin_convertvector(narrow, Nd);
+}
 
 // head.h's choice among at most 16 classes, for 16 positions at a time: the same sums in the same order.
-void choose_few(const Tile& logits, int classes, int i, Vf u, float temperature, Index& chosen) {
-  Vf largest = splat<Vf>(-kInfinity), weight[pixel::kLeaf];
+void choose_few(const Tile& logits, int classes, int i, const float* u, float temperature, int32_t* chosen) {
+  Vf largest = splat<Vf>(-kInfinity), least = splat<Vf>(kInfinity);
   for (int k = 0; k < classes; ++k) {
     const Vf x = load(logits[k] + i);
     largest = select(x > largest, x, largest);
+    least = select(x < least, x, least);
   }
-  for (int k = 0; k < pixel::kLeaf; ++k) weight[k] = splat<Vf>(0.0f);
-  for (int k = 0; k < classes; ++k) weight[k] = exp((load(logits[k] + i) - largest) / temperature);
+  alignas(64) float weight[pixel::kLeaf][kLanes];
+  const bool cold = temperature != 1.0f;
+  // In this range exp_bounded has the bits of exp.
+  const bool far = any((least - largest) / temperature < -87.0f);
+  for (int k = 0; k < classes; ++k) {
+    Vf z = load(logits[k] + i) - largest;
+    if (cold) z = z / temperature;
+    store(weight[k], far ? exp(z) : exp_bounded(z));
+  }
+  for (int k = classes; k < pixel::kLeaf; ++k) store(weight[k], splat<Vf>(0.0f));
   Vf sum[pixel::kLeaf / 2];
-  for (int j = 0; j < pixel::kLeaf / 2; ++j) sum[j] = weight[j] + weight[j + pixel::kLeaf / 2];
+  for (int j = 0; j < pixel::kLeaf / 2; ++j) sum[j] = load(weight[j]) + load(weight[j + pixel::kLeaf / 2]);
   for (int half = pixel::kLeaf / 4; half > 0; half /= 2)
     for (int j = 0; j < half; ++j) sum[j] = sum[j] + sum[j + half];
-  alignas(64) float total[kLanes], uniform[kLanes], w[kLanes];
-  store(total, sum[0]), store(uniform, u);
-  alignas(64) double target[kLanes], running[kLanes] = {}, short_of[kLanes] = {}, last[kLanes] = {};
-  for (int lane = 0; lane < kLanes; ++lane)
-    target[lane] = static_cast<double>(uniform[lane]) * static_cast<double>(total[lane]);
-  for (int k = 0; k < classes; ++k) {
-    store(w, weight[k]);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      running[lane] = running[lane] + static_cast<double>(w[lane]);
-      short_of[lane] = short_of[lane] + (running[lane] < target[lane] ? 1.0 : 0.0);
-      last[lane] = w[lane] > 0.0f ? static_cast<double>(k) : last[lane];
+  alignas(64) float total[kLanes];
+  alignas(64) int32_t short_of[kLanes];
+  store(total, sum[0]);
+  for (int lane = 0; lane < kLanes; lane += kDoubles) {
+    const Nd target = doubles(u + lane) * doubles(total + lane);
+    Nd running{};
+    Nl n{};
+    for (int k = 0; k < classes; ++k) {
+      running += doubles(weight[k] + lane);
+      n -= running < target;
     }
+    const HalfInts count = __builtin_convertvector(n, HalfInts);
+    std::memcpy(short_of + lane, &count, sizeof count);
   }
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const double k = short_of[lane] < last[lane] ? short_of[lane] : last[lane];
-    chosen[lane] = total[lane] >= 1.0f ? static_cast<int32_t>(k) : -1;
+  Vi index = load(short_of);
+  const Vi none = index >= classes;
+  if (any(none)) {  // rounding: the last of positive weight
+    Vi last = splat<Vi>(0);
+    for (int k = 0; k < classes; ++k) last = select(load(weight[k]) > 0.0f, splat<Vi>(k), last);
+    index = select(none, last, index);
   }
+  store(chosen, select(sum[0] >= 1.0f, index, splat<Vi>(-1)));
 }
 
 // The largest logit with Gumbel noise.
 void choose_largest(const Tile& logits, const Tile& uniforms, int64_t classes, int i, float temperature,
-                    Index& chosen) {
+                    int32_t* chosen) {
   Vf most = splat<Vf>(-kInfinity), largest = most, doubt = splat<Vf>(0.0f);
   Vi index = splat<Vi>(0);
   for (int64_t k = 0; k < classes; ++k) {
@@ -116,74 +163,138 @@ void choose_largest(const Tile& logits, const Tile& uniforms, int64_t classes, i
   store(chosen, select(largest * 0.0f + doubt == 0.0f, index, splat<Vi>(-1)));
 }
 
+struct Draw {
+  const MixtureLogisticSampleArgs& a;
+  const Planes from, out;
+  const int channels, parts;
+  const int64_t positions, mixtures, first, block;
+  const Uniforms uniforms;
+
+  explicit Draw(const MixtureLogisticSampleArgs& a)
+      : a(a),
+        from(a.params),
+        out(a.out),
+        channels(static_cast<int>(out.channels())),
+        parts(channels == 1 ? 2 : 3),
+        positions(channels > 0 ? a.out.numel() / channels : 0),
+        mixtures(a.mixtures),
+        first(a.logits ? a.mixtures : 0),
+        block(mixtures * parts),
+        uniforms(a, a.out.shape[0] > 0 ? positions / a.out.shape[0] : 0) {}
+
+  // Part `part` of channel `channel` from a mixture's first mean on.
+  int64_t shift(int channel, int part) const { return (channel * block + part * mixtures) * from.step(); }
+
+  // The values of positions [0, n) of a tile, from the place of the chosen mixture's first mean, or of any
+  // where `chosen` is -1, and the uniforms.
+  template <int kChannels>
+  void values(int n, const int64_t* place, const int32_t* chosen, const float* u, float* drawn) const {
+    enum { kMean, kLogScale, kShare };
+    alignas(64) float part[kShare + kChannels - 1][kRow];
+    for (int c = 0; c < kChannels; ++c) {
+      from.gather(place, n, shift(c, kMean), part[kMean]);
+      from.gather(place, n, shift(c, kLogScale), part[kLogScale]);
+      for (int other = 0; other < c; ++other)
+        from.gather(place, n, shift(c - 1 + other, kShare), part[kShare + other]);
+      for (int i = 0; i < n; i += kLanes) {
+        Vf mean = select(load(chosen + i) < 0, splat<Vf>(kNaN), load(part[kMean] + i)), derivative;
+        for (int other = 0; other < c; ++other)
+          mean = mean + tanh(load(part[kShare + other] + i), derivative) * load(drawn + other * kRow + i);
+        store(drawn + c * kRow + i, logistic_value(mean, load(part[kLogScale] + i), load(u + c * kRow + i),
+                                                   a.min_log_scale, a.heat));
+      }
+    }
+    for (int c = 0; a.unit && c < kChannels; ++c) {
+      for (int i = 0; i < n; i += kLanes)
+        store(drawn + c * kRow + i, load(drawn + c * kRow + i) * 0.5f + 0.5f);
+    }
+  }
+};
+
+// A thread's work: tile by tile.
+struct Worker {
+  const Draw& draw;
+  const int mixtures;
+  const bool gumbel, few;
+  const int64_t rest;  // channels that are not logits
+  Scratch<float> logits_buffer, noise_buffer, tree;
+  alignas(64) float u[(1 + kMaxChannels) * kRow], drawn[kMaxChannels * kRow];
+  alignas(64) int32_t chosen[kRow];
+  int64_t place[kTile];
+  Planes::Span span;
+
+  explicit Worker(const Draw& draw)
+      : draw(draw),
+        mixtures(static_cast<int>(draw.mixtures)),
+        gumbel(draw.uniforms.gumbel()),
+        few(mixtures <= pixel::kLeaf),
+        rest(draw.from.channels() - draw.first),
+        logits_buffer(draw.first * kRow),
+        noise_buffer(gumbel ? mixtures * kRow : 0),
+        tree(few ? 0 : scratch_of(mixtures)) {}
+
+  void run(int64_t start) {
+    const MixtureLogisticSampleArgs& a = draw.a;
+    const Planes& from = draw.from;
+    const int64_t left = draw.positions - start;
+    const int n = static_cast<int>(left < kTile ? left : kTile);
+    draw.uniforms.read(start, n, u);
+    Tile noise{};
+    if (gumbel) {
+      draw.uniforms.of_mixture.locate(start, n, span);
+      noise = draw.uniforms.of_mixture.read(span, n, mixtures, noise_buffer.get());
+    }
+    from.locate(start, n, span);
+    const Tile logits = from.read(span, n, draw.first, logits_buffer.get());
+    for (int i = 0; i < n; i += kLanes) {
+      if (!a.logits) {
+        store(chosen + i, splat<Vi>(0));
+      } else if (gumbel) {
+        choose_largest(logits, noise, mixtures, i, a.temperature, chosen + i);
+      } else if (few) {
+        // Nearly every line has a value that is chosen.
+        from.prefetch(span, draw.first + rest * i / kTile, draw.first + rest * (i + kLanes) / kTile);
+        choose_few(logits, mixtures, i, u + i, a.temperature, chosen + i);
+      } else {
+        for (int j = i; j < i + kLanes && j < n; ++j)
+          chosen[j] = pixel::choose(pixel::Serial(), logits[0] + j, kRow, mixtures, u[j], a.temperature, 0,
+                                    tree.get());
+      }
+    }
+    for (int i = 0; i < n; ++i) place[i] = from.place(span, i, draw.first + (chosen[i] < 0 ? 0 : chosen[i]));
+    const float* const of_values = u + (draw.uniforms.slots - draw.channels) * kRow;
+    if (draw.channels == 1) {
+      draw.values<1>(n, place, chosen, of_values, drawn);
+    } else {
+      draw.values<3>(n, place, chosen, of_values, drawn);
+    }
+    draw.out.locate(start, n, span);
+    draw.out.write(span, n, drawn);
+  }
+
+ private:
+  static int64_t scratch_of(int mixtures) {
+    pixel::Head head{};
+    head.kind = pixel::HeadKind::kCategorical;
+    head.classes = mixtures;
+    return pixel::head_scratch(head);
+  }
+};
+
 }  // namespace
 
 void mixture_logistic_draw(const MixtureLogisticSampleArgs& a) {
-  const Planes from(a.params), out(a.out);
-  const int channels = static_cast<int>(out.channels());
-  const int64_t positions = a.out.numel() / (channels > 0 ? channels : 1),
-                per_sample = a.out.shape[0] > 0 ? positions / a.out.shape[0] : 0,
-                tiles = (positions + kTile - 1) / kTile;
-  const int64_t k = a.mixtures, block = k * (channels == 1 ? 2 : 3), first = a.logits ? k : 0;
-  const Uniforms uniforms(a, per_sample);
-  const bool few = k <= pixel::kLeaf, gumbel = uniforms.gumbel();
-  pixel::Head head{};
-  head.kind = pixel::HeadKind::kCategorical;
-  head.classes = static_cast<int32_t>(k);
-#pragma omp parallel if (positions * from.channels() >= 16384)
+  const Draw draw(a);
+  if (draw.positions <= kTile) {  // of one pixel the team of threads would take as long as the draw
+    if (draw.positions > 0) Worker(draw).run(0);
+    Planes::finish();
+    return;
+  }
+#pragma omp parallel if (draw.positions * draw.from.channels() >= 16384)
   {
-    Scratch<float> logits_buffer(first * kTile), noise_buffer(gumbel ? k * kTile : 0),
-        tree(few ? 0 : pixel::head_scratch(head));
-    alignas(64) float u[(1 + kMaxChannels) * kTile] = {}, out_buffer[kMaxChannels * kTile];
-    // Of the mixtures that were chosen: means, log-scales and coefficients.
-    alignas(64) float part[3][kMaxChannels][kLanes] = {};
-    Planes::Span span, to;
-    Index chosen = {};
+    Worker worker(draw);
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t start = t * kTile, left = positions - start;
-      const int n = static_cast<int>(left < kTile ? left : kTile);
-      uniforms.read(start, n, u);
-      Tile noise{};
-      if (gumbel) {
-        uniforms.of_mixture.locate(start, n, span);
-        noise = uniforms.of_mixture.read(span, n, k, noise_buffer.get());
-      }
-      from.locate(start, n, span);
-      const Tile logits = a.logits ? from.read(span, n, k, logits_buffer.get()) : Tile{};
-      out.locate(start, n, to);
-      const Tile values{out_buffer};
-      for (int i = 0; i < n; i += kLanes) {
-        const int size = n - i < kLanes ? n - i : kLanes;
-        if (a.logits && gumbel) {
-          choose_largest(logits, noise, k, i, a.temperature, chosen);
-        } else if (a.logits && few) {
-          choose_few(logits, static_cast<int>(k), i, load(u + i), a.temperature, chosen);
-        } else if (a.logits) {
-          for (int lane = 0; lane < size; ++lane)
-            chosen[lane] = pixel::choose(pixel::Serial(), logits[0] + i + lane, kTile, static_cast<int>(k),
-                                         u[i + lane], a.temperature, 0, tree.get());
-        }
-        for (int lane = 0; lane < size; ++lane) {
-          for (int c = 0; c < channels; ++c) {
-            for (int p = 0; p < (channels == 1 ? 2 : 3); ++p) {
-              const int64_t channel = first + c * block + p * k + chosen[lane];
-              part[p][c][lane] = chosen[lane] < 0 ? kNaN : from.element(span, i + lane, channel);
-            }
-          }
-        }
-        Vf drawn[kMaxChannels];
-        for (int c = 0; c < channels; ++c) {
-          Vf mean = load(part[0][c]), derivative;
-          for (int other = 0; other < c; ++other)
-            mean = mean + tanh(load(part[2][c - 1 + other]), derivative) * drawn[other];
-          const Vf uniform = load(u + (uniforms.slots - channels + c) * kTile + i);
-          drawn[c] = logistic_value(mean, load(part[1][c]), uniform, a.min_log_scale, a.heat);
-          store(values[c] + i, a.unit ? drawn[c] * 0.5f + 0.5f : drawn[c]);
-        }
-      }
-      out.write(to, n, out_buffer);
-    }
+    for (int64_t start = 0; start < draw.positions; start += kTile) worker.run(start);
     Planes::finish();
   }
 }

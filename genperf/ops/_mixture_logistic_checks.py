@@ -97,10 +97,14 @@ def channels_first(op: str, name: str, tensor: Any, channel_dim: int) -> Tensor:
     return tensor if channel_dim == 1 else tensor.movedim(-1, 1)
 
 
-def check_mixtures(op: str, params: Tensor, channels: int, mixtures: int | None) -> int:
-    """K, of P = 3 K parameters for grey and 10 K for RGB."""
+def check_channels(op: str, channels: Any) -> None:
     if channels not in (1, 3):
         raise ValueError(f"{op}: image_channels is {channels}, expected 1 (grey) or 3 (RGB)")
+
+
+def check_mixtures(op: str, params: Tensor, channels: int, mixtures: int | None) -> int:
+    """K, of P = 3 K parameters for grey and 10 K for RGB."""
+    check_channels(op, channels)
     each, n_params = 3 if channels == 1 else 10, params.shape[1]
     if mixtures is None:
         if n_params == 0 or n_params % each:

@@ -5,6 +5,7 @@ Definitions: see :mod:`genperf.ops.mixture_logistic_nll`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,19 +16,23 @@ from genperf import _backend
 from genperf._op import Operator
 from genperf.ops._mixture_logistic_checks import (
     CONVENTIONS,
+    MAX_MIXTURES,
     channels_first,
     check_channel_dim,
+    check_channels,
+    check_integer,
     check_min_log_scale,
     check_mixtures,
     check_number,
     check_one_of,
 )
 from genperf.ops._mixture_logistic_reference import reference_sample
-from genperf.ops.philox_random import check_key, draw_key
+from genperf.ops.philox_random import check_key, draw_key, passing
 
 __all__ = ["mixture_logistic_sample"]
 
 OP = "mixture_logistic_sample"
+_compiling = torch.compiler.is_dynamo_compiling
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: What ``noise`` may be.
 Noise = Tensor | tuple[Tensor, Tensor]
@@ -60,7 +65,40 @@ def _refuses(params: Tensor, *_: Any) -> str | None:
     return f"{params.dim()} dimensions, at most 8" if params.dim() > 8 else None
 
 
-_op.implement("cpu", _cpu, _refuses)
+_op.implement(
+    "cpu", _cpu, _refuses,
+    direct=_backend.native.cpu.mixture_logistic_sample_direct if _backend.native else None,
+)  # fmt: skip
+
+
+def _settings(
+    channel_dim: int,
+    channels: int,
+    mixtures: int | None,
+    convention: str,
+    min_log_scale: float,
+    temperature: float,
+) -> tuple[int, int, bool, float, float, float]:
+    """channels, mixtures (0: what the parameters give), unit, min_log_scale, temperature and heat."""
+    check_channel_dim(OP, channel_dim)
+    check_channels(OP, channels)
+    if mixtures is not None:
+        check_integer(OP, "mixtures", mixtures, 1, MAX_MIXTURES)
+    check_one_of(OP, "convention", convention, CONVENTIONS)
+    check_number(OP, "temperature", temperature, 1e-6, 1e6, "1e-6 to 1e6")
+    min_log_scale = check_min_log_scale(OP, min_log_scale)
+    unit, temperature = convention == "nvae", float(temperature)
+    return (
+        channels,
+        mixtures or 0,
+        unit,
+        min_log_scale,
+        temperature,
+        1.0 / temperature if unit else temperature,
+    )
+
+
+_cached_settings = functools.lru_cache(maxsize=256, typed=True)(_settings)
 
 
 def check_noise(
@@ -178,16 +216,18 @@ def mixture_logistic_sample(
         TypeError, ValueError, RuntimeError: as of :func:`genperf.ops.mixture_logistic_nll`, and for noise,
             keys and generators that do not fit.
     """
-    check_channel_dim(OP, channel_dim)
+    compiling = _compiling()
+    check = _settings if compiling else _cached_settings
+    settings = check(channel_dim, image_channels, mixtures, convention, min_log_scale, temperature)
+    if (
+        noise is None and generator is None and rng == "philox"
+        and not compiling and (direct := _op.direct("cpu")) is not None
+    ):  # fmt: skip
+        drawn = direct(params, channel_dim, key, passing, settings)
+        if drawn is not NotImplemented:
+            return drawn if channel_dim == 1 else drawn.movedim(1, -1)
     params = channels_first(OP, "params", params, channel_dim).detach()
     mixtures = check_mixtures(OP, params, image_channels, mixtures)
-    check_one_of(OP, "convention", convention, CONVENTIONS)
-    check_number(OP, "temperature", temperature, 1e-6, 1e6, "1e-6 to 1e6")
-    min_log_scale = check_min_log_scale(OP, min_log_scale)
     arrays = check_noise(OP, params, image_channels, mixtures, noise, key, rng, generator, channel_dim)
-    unit = convention == "nvae"
-    heat = 1.0 / temperature if unit else float(temperature)
-    drawn = _op(
-        params, *arrays, image_channels, mixtures, True, unit, min_log_scale, float(temperature), heat
-    )
+    drawn = _op(params, *arrays, image_channels, mixtures, True, *settings[2:])
     return drawn if channel_dim == 1 else drawn.movedim(1, -1)

@@ -65,3 +65,11 @@ def drawn(
         )
     device = like.device if generator is None else generator.device
     return draw(like.shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+
+
+def torch_gumbel(
+    shape: torch.Size, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What ``torch.nn.functional.gumbel_softmax`` draws, by its operations."""
+    draw = torch.empty(shape, dtype=dtype, device=device)
+    return draw.exponential_(generator=generator).log_().neg_()

@@ -17,7 +17,7 @@ from torch import Tensor
 from genperf import _backend
 from genperf._op import Operator
 from genperf.ops._gumbel_quantize_reference import gathered, reference, reference_backward, wide
-from genperf.ops._noise import check_noise
+from genperf.ops._noise import check_noise, torch_gumbel
 from genperf.ops.codebook_statistics import codebook_statistics
 from genperf.ops.philox_random import FLOATS
 
@@ -221,7 +221,7 @@ def gumbel_quantize(
         RuntimeError: if a backend was forced that cannot run.
     """
     _check(logits, codebook, temperature, hard, kl)
-    noise, key = check_noise("gumbel_quantize", "logits", logits, noise, key, rng, generator, _torch_gumbel)
+    noise, key = check_noise("gumbel_quantize", "logits", logits, noise, key, rng, generator, torch_gumbel)
     batch, n_codewords, *space = logits.shape
     positions = math.prod(space)
     flat = logits.reshape(batch, n_codewords, positions)
@@ -265,11 +265,3 @@ def _check(logits: Any, codebook: Any, temperature: Any, hard: Any, kl: Any) -> 
     for name, flag in (("hard", hard), ("kl", kl)):
         if type(flag) is not bool:
             raise TypeError(f"gumbel_quantize: {name} is {type(flag).__name__}, expected a bool")
-
-
-def _torch_gumbel(
-    shape: torch.Size, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """What gumbel_softmax draws, by its operations."""
-    draw = torch.empty(shape, dtype=dtype, device=device)
-    return draw.exponential_(generator=generator).log_().neg_()

@@ -9,11 +9,21 @@ import sys
 import types
 
 from genperf.accelerate._accelerate import accelerate
+from genperf.accelerate._distributions import Distributions, distributions
 from genperf.accelerate._namespace import Namespace, namespace
 from genperf.accelerate._report import Entry, Report
 from genperf.accelerate._verify import Verification
 
-__all__ = ["Entry", "Namespace", "Report", "Verification", "accelerate", "namespace"]
+__all__ = [
+    "Distributions",
+    "Entry",
+    "Namespace",
+    "Report",
+    "Verification",
+    "accelerate",
+    "distributions",
+    "namespace",
+]
 
 
 class _CallableModule(types.ModuleType):

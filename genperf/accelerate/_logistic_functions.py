@@ -16,8 +16,10 @@ _MARK = "_genperf_replaces"
 
 
 def looks_like_one(value: Any) -> bool:
-    """Whether ``value`` is a function with such a name, and not already a replacement."""
-    return isinstance(value, FunctionType) and bool(_NAMES.fullmatch(value.__name__)) and not replaces(value)
+    """Whether ``value`` is a function with such a name, and neither genperf's own nor a replacement."""
+    if not isinstance(value, FunctionType) or (value.__module__ or "").startswith("genperf."):
+        return False
+    return bool(_NAMES.fullmatch(value.__name__)) and not replaces(value)
 
 
 def replaces(function: Any) -> Any:

@@ -31,7 +31,7 @@ class NoiseTape:
     What is recorded is the result of each drawing operator of aten (``randn``, ``normal_``,
     ``bernoulli``, dropout's mask, ...), in order. A replay takes each draw from the tape in the dtype
     and on the device of the replaying run. A genperf op that would draw its noise in the kernel, from
-    a key, is given the recorded normals instead.
+    a key, is given the recorded numbers instead.
 
     Example::
 
@@ -133,20 +133,40 @@ class _Player(TorchDispatchMode):
             return args[0] * mask.to(args[0]) * scale, mask.to(result[1].device, copy=True)
         return result
 
+    def take_channels_first(self, what: str, params: Tensor) -> Tensor:
+        """Uniforms for params [B, P, *], which were drawn as [B, C, *] or as [B, *, C]."""
+        drawn = self.draws[self.next][1].shape if self.next < len(self.draws) else torch.Size()
+        last = drawn[1:-1] == params.shape[2:] and drawn[2:] != params.shape[2:]
+        count = drawn[-1 if last else 1] if drawn else 0
+        space = params.shape[2:]
+        shape = (len(params), *space, count) if last else (len(params), count, *space)
+        noise = self.take(what, torch.Size(shape)).to(params.device)
+        return noise.movedim(-1, 1) if last else noise
+
     def run_with_noise(self, func: Any, args: list[Any]) -> Any:
-        """Run a genperf op, with recorded normals in place of a key."""
+        """Run a genperf op, with recorded noise in place of a key."""
         names = [argument.name for argument in func._schema.arguments]
         where = names.index("key") if "key" in names else len(args)
         key = args[where] if where < len(args) else None
         if key is None:
             return func(*args)
+        if "of_mixture" in names:
+            args[where] = None
+            for name in ("of_mixture", "of_values"):
+                i = names.index(name)
+                args[i] = self.take_channels_first(func._schema.name, args[0])
+            return func(*args)
         if "noise" not in names:
             result = func(*args)
             return result.copy_(self.take(func._schema.name, result.shape))
         address = key.data_ptr()
-        if address not in self.noise_of_key:  # a forward pass, which takes the mean
-            mean = args[names.index("mean")]
-            noise = self.take(func._schema.name, mean.shape).to(mean)
+        if address not in self.noise_of_key:  # a forward pass, which takes the mean, or the logits
+            like = args[names.index("mean" if "mean" in names else "logits")]
+            noise = self.take(func._schema.name, like.shape).to(like)
+            if self.draws[self.next - 1][0].startswith(
+                "exponential"
+            ):  # of which public code makes Gumbel noise
+                noise = noise.log().neg()
             self.noise_of_key[address] = (noise, key)
         args[names.index("noise")], args[where] = self.noise_of_key[address][0], None
         return func(*args)

@@ -132,6 +132,11 @@ def test_what_is_not_covered_runs_the_original(logistics):
     )
 
 
+@torch.no_grad()
+def sampled(model, z, x):
+    return model.both(z, x)[1]
+
+
 def test_modules_that_name_the_functions(logistics):
     model = logistics.OutputNet().eval()
     x, _ = example(False, 3)
@@ -155,6 +160,8 @@ def test_modules_that_name_the_functions(logistics):
     assert report.verify(z, x, call=lambda m, z, x: m.both(z.detach(), x)[0], seconds=0)
     report.restore()
     assert type(model) is logistics.OutputNet
+    philox = genperf.accelerate(copy.deepcopy(model), rng="philox")
+    assert philox.verify(z, x, call=sampled, seconds=0)  # with the noise of the original
     assert logistics.low_bit_mix_logistic_loss is model.nll.__func__.__globals__["low_bit_mix_logistic_loss"]
     other = genperf.accelerate(logistics.OtherNet())
     assert [entry.was for entry in other.left_alone] == ["OtherNet.nll: mix_logistic_wide_loss"]

@@ -27,19 +27,22 @@ SAME_NOISE, OWN_NOISE = "#0072B2", "#009E73"
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one thing before and after acceleration, with the same noise and, if it was measured, with
-    genperf's own."""
+    """Seconds of one thing before and after acceleration, with the same noise and with genperf's own; None
+    for what was not measured."""
 
     what: str
     original: float
-    same_noise: float
+    same_noise: float | None = None
     own_noise: float | None = None
 
     def line(self) -> str:
-        accelerated = [seconds for seconds in (self.same_noise, self.own_noise) if seconds is not None]
-        return f"  {self.what:<34}{1e3 * self.original:>9.3f} ms" + "".join(
-            f"{1e3 * seconds:>9.3f} ms ({ratio(self.original / seconds)})" for seconds in accelerated
-        )
+        line = f"  {self.what:<34}{1e3 * self.original:>9.3f} ms"
+        for seconds in (self.same_noise, self.own_noise):
+            if seconds is None:
+                line += f"{'-':>20}"
+            else:
+                line += f"{1e3 * seconds:>9.3f} ms ({ratio(self.original / seconds)})"
+        return line.rstrip(" -")
 
 
 def ratio(gain: float) -> str:
@@ -121,12 +124,13 @@ def train(
 def race(
     what: str,
     original: Callable,
-    same_noise: Callable,
+    same_noise: Callable | None = None,
     own_noise: Callable | None = None,
     seconds: float = 4,
 ) -> Timing:
     """Medians of interleaved runs, in CPU time."""
-    contenders = (original, same_noise) if own_noise is None else (original, same_noise, own_noise)
+    given = {"original": original, "same_noise": same_noise, "own_noise": own_noise}
+    contenders = [run for run in given.values() if run is not None]
     taken: list[list[float]] = [[] for _ in contenders]
     for run in contenders:
         run()
@@ -136,7 +140,8 @@ def race(
             begin = time.process_time()
             run()
             times.append(time.process_time() - begin)
-    timing = Timing(what, *map(statistics.median, taken))
+    names = [name for name, run in given.items() if run is not None]
+    timing = Timing(what, **dict(zip(names, map(statistics.median, taken), strict=True)))
     print(timing.line())
     return timing
 
@@ -256,10 +261,10 @@ def save_chart(path: Path, outcomes: list[Outcome], conditions: str) -> None:
     gains = [1.0]
     for axis, outcome in zip(axes[:, 0], outcomes, strict=True):
         for row, timing in enumerate(outcome.timings):
-            both = timing.own_noise is not None
+            both = None not in (timing.same_noise, timing.own_noise)
             for shift, seconds, colour in (
                 (-0.19 if both else 0, timing.same_noise, SAME_NOISE),
-                (0.19, timing.own_noise, OWN_NOISE),
+                (0.19 if both else 0, timing.own_noise, OWN_NOISE),
             ):
                 if seconds is None:
                     continue

@@ -46,6 +46,13 @@ def log(x):
 
 
 @triton.jit
+def log_1p(x):
+    """log(1 + x) for x > -1, without the rounding of 1 + x."""
+    y = 1.0 + x
+    return log_normal(y) + tl.div_rn(x - (y - 1.0), y)
+
+
+@triton.jit
 def _exp_fraction(x):
     """e^x = y 2^n for |x| <= 104 or NaN: n as the low bits of the first result, and y in [0.7, 1.5]."""
     shifted = x * LOG2_E + 12582912.0  # adding 3 * 2^22 rounds to an integer

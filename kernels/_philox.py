@@ -81,3 +81,18 @@ def gumbels_at(seed, offset, i):
     w0, w1, w2, w3 = philox_words(seed, offset, i >> 2)
     low, high = tl.where((i & 1) == 0, w0, w1), tl.where((i & 1) == 0, w2, w3)
     return gumbel_from_bits(tl.where((i & 2) == 0, low, high))
+
+
+@triton.jit
+def uniform_ends_from_bits(bits):
+    """Of the uniform u = (bits + 1/2) 2^-32 the distance to the nearer of 0 and 1, and whether that is 0."""
+    i = bits.to(tl.int32, bitcast=True)
+    w = (i ^ (i >> 31)).to(tl.float32) * 2.3283064365386963e-10 + 1.16415321826934814453125e-10
+    return w, i >= 0
+
+
+@triton.jit
+def uniform_ends_of_groups(seed, offset, i_group):
+    """The same of whole groups of four elements: i_group [..., N] to two blocks [..., 4 N]."""
+    w0, w1, w2, w3 = philox_words(seed, offset, i_group)
+    return uniform_ends_from_bits(interleave4(w0, w1, w2, w3))

@@ -14,6 +14,7 @@ from genperf.ops._mixture_logistic_checks import check_one_of, check_tensor
 from genperf.ops._mixture_logistic_reference import wide
 from genperf.ops.mixture_logistic_nll import _scaled_by
 
+_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("none", "sample", "sum")
 _INPUTS = "Tensor params, Tensor? scale, Tensor x"
 _SETTINGS = "float factor, float low, float high, int reduction"
@@ -51,10 +52,39 @@ def _both_outputs(params: Tensor, scale: None, x: Tensor, *settings: Any) -> tup
     return _output(params, scale, x, *settings), torch.empty_like(params)
 
 
-class ElementNll:
-    """The torch ops ``genperf::<name>``, ``<name>_backward`` and ``<name>_with_gradient``."""
+def refuses(*tensors: Any) -> str | None:
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            if tensor.dtype not in _NATIVE_DTYPES:
+                return f"{tensor.dtype} is left to the reference"
+            if tensor.dim() > 8:
+                return f"{tensor.dim()} dimensions, at most 8"
+    return None
 
-    def __init__(self, name: str, reference: Callable[..., Tensor], backward: Callable[..., Any]) -> None:
+
+def _refuses(params: Tensor, scale: Tensor | None, x: Tensor, *_: Any) -> str | None:
+    return refuses(params[:, 0], scale, x)
+
+
+def _planes(params: Tensor | None, scale: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Logits or means, and scales, [B, *] each."""
+    if params is None:
+        return None, scale
+    return params[:, 0], params[:, 1] if params.shape[1] == 2 else scale
+
+
+class ElementNll:
+    """The torch ops ``genperf::<name>``, ``<name>_backward`` and ``<name>_with_gradient``.
+
+    Args:
+        name: of the head.
+        number: of the head in the kernels.
+        reference, backward: the formulas.
+    """
+
+    def __init__(
+        self, name: str, number: int, reference: Callable[..., Tensor], backward: Callable[..., Any]
+    ) -> None:
         def with_gradient(params: Tensor, scale: None, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
             nll = reference(params, scale, x, *settings)
             gradient = backward(torch.ones_like(nll), params, scale, x, *settings, True, False, False)[0]
@@ -75,6 +105,47 @@ class ElementNll:
             with_gradient,
             _both_outputs,
         )
+        self._number = number
+        self.forward.implement("cpu", self._cpu, _refuses)
+        self.backward.implement("cpu", self._cpu_backward, lambda grad, *args: _refuses(*args))
+        self.both.implement("cpu", self._cpu_with_gradient, _refuses)
+        self.forward.implement("triton", self._triton, _refuses)
+        self.backward.implement("triton", self._triton_backward, lambda grad, *args: _refuses(*args))
+
+    def _cpu(self, params: Tensor, scale: Tensor | None, x: Tensor, *settings: Any) -> Tensor:
+        nll = _output(params, scale, x, *settings)
+        self._run(nll, (None, None, None), None, params, scale, x, settings)
+        return nll
+
+    def _cpu_backward(self, grad: Tensor, params: Tensor, scale: Tensor | None, x: Tensor, *settings: Any):
+        grads = _gradients(grad, params, scale, x, *settings)
+        self._run(None, grads, grad.contiguous(), params, scale, x, settings[:-3])
+        return grads
+
+    def _cpu_with_gradient(self, params: Tensor, scale: None, x: Tensor, *settings: Any):
+        nll, gradient = _both_outputs(params, scale, x, *settings)
+        self._run(nll, (gradient, None, None), None, params, scale, x, settings)
+        return nll, gradient
+
+    def _run(self, nll, grads, grad, params, scale, x, settings) -> None:
+        first, second = _planes(params, scale)
+        grad_first, grad_second = _planes(*grads[:2])
+        _backend.native.cpu.element_nll(  # type: ignore[union-attr]
+            self._number, nll, grad_first, grad_second, grads[2], grad, first, second, x, *settings
+        )
+
+    def _triton(self, params: Tensor, scale: Tensor | None, x: Tensor, *settings: Any) -> Tensor:
+        from genperf.kernels.element_nll import element_nll_forward
+
+        return element_nll_forward(self._number, *_planes(params, scale), x, *settings)
+
+    def _triton_backward(self, grad: Tensor, params: Tensor, scale: Tensor | None, x: Tensor, *settings: Any):
+        from genperf.kernels.element_nll import element_nll_backward
+
+        grads = _gradients(grad, params, scale, x, *settings)
+        grad_planes = *_planes(*grads[:2]), grads[2]
+        element_nll_backward(self._number, grad, grad_planes, *_planes(params, scale), x, *settings[:-3])
+        return grads
 
     def __call__(self, params: Tensor, scale: Tensor | None, x: Tensor, settings: tuple[Any, ...]) -> Tensor:
         """Of params [B, 1 or 2, *], a scale [B, *] where there is one, and x [B, *]."""

@@ -18,7 +18,7 @@ from genperf.ops._mixture_logistic_checks import check_tensor
 __all__ = ["bernoulli_nll"]
 
 OP = "bernoulli_nll"
-_head = ElementNll(OP, bernoulli, bernoulli_backward)
+_head = ElementNll(OP, 0, bernoulli, bernoulli_backward)
 
 
 def check_logits(op: str, logits: Any) -> None:

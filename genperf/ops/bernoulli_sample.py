@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genperf import _backend
 from genperf._op import Operator
+from genperf.ops._element_nll import refuses
 from genperf.ops._mixture_logistic_checks import check_number
 from genperf.ops._mixture_logistic_reference import wide
 from genperf.ops._noise import check_noise
@@ -49,6 +51,26 @@ _op = Operator(
     _reference,
     _output,
 )
+
+
+def _cpu(logits: Tensor, noise: Tensor | None, key: Tensor | None, temperature: float) -> Tensor:
+    out = _output(logits)
+    _backend.native.cpu.bernoulli_sample(out, logits, noise, key, temperature)  # type: ignore[union-attr]
+    return out
+
+
+def _triton(logits: Tensor, noise: Tensor | None, key: Tensor | None, temperature: float) -> Tensor:
+    from genperf.kernels.bernoulli_sample import bernoulli_sample as launch
+
+    return launch(logits, noise, key, temperature)
+
+
+def _refuses(logits: Tensor, *_: Any) -> str | None:
+    return refuses(logits)
+
+
+_op.implement("cpu", _cpu, _refuses)
+_op.implement("triton", _triton, _refuses)
 
 
 def bernoulli_sample(

@@ -22,7 +22,7 @@ __all__ = ["gaussian_nll"]
 
 OP = "gaussian_nll"
 _FACTORS = {"logvar": 0.5, "logsigma": 1.0}
-_head = ElementNll(OP, gaussian, gaussian_backward)
+_head = ElementNll(OP, 1, gaussian, gaussian_backward)
 
 
 def check_clamp(op: str, clamp: Any) -> tuple[float, float]:

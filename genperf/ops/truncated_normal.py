@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genperf import _backend
 from genperf._op import Operator
 from genperf.ops._noise import check_noise
 from genperf.ops._truncated_normal_reference import DTYPES, constants_of, reference
@@ -35,6 +36,30 @@ _op = Operator(
     reference,
     _output,
 )
+
+
+def _cpu(
+    shape: Sequence[int], noise: Tensor | None, key: Tensor | None, dtype: int, kind: int, constants: Any
+) -> Tensor:
+    out = _output(shape, noise, key, dtype)
+    _backend.native.cpu.truncated_normal(out, noise, key, kind, constants)  # type: ignore[union-attr]
+    return out
+
+
+def _triton(
+    shape: Sequence[int], noise: Tensor | None, key: Tensor | None, dtype: int, kind: int, constants: Any
+) -> Tensor:
+    from genperf.kernels.truncated_normal import truncated_normal as launch
+
+    return launch(shape, noise, key, DTYPES[dtype], kind, constants)
+
+
+def _too_many_dims(shape: Sequence[int], *_: Any) -> str | None:
+    return f"{len(shape)} dimensions, at most 8" if len(shape) > 8 else None
+
+
+_op.implement("cpu", _cpu, _too_many_dims)
+_op.implement("triton", _triton)
 
 
 def _check_numbers(**numbers: Any) -> dict[str, float]:

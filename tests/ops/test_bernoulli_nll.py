@@ -10,7 +10,7 @@ from genperf_testing.cases import EMPTY, SHAPES, Case, normals
 
 from genperf.ops import bernoulli_nll
 
-OPS = ("reference",)
+OPS = ("reference", "cpu", "triton")
 
 
 @pytest.fixture(params=parameters(b for b in BACKENDS if b.backend in OPS))

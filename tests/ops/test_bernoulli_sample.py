@@ -11,7 +11,7 @@ from scipy import stats
 import genperf
 from genperf.ops import bernoulli_sample, draw_key
 
-OPS = ("reference",)
+OPS = ("reference", "cpu", "triton")
 
 
 @pytest.fixture(params=parameters(b for b in BACKENDS if b.backend in OPS))

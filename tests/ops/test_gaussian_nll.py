@@ -12,7 +12,7 @@ from torch.distributions import Normal
 
 from genperf.ops import gaussian_nll
 
-OPS = ("reference",)
+OPS = ("reference", "cpu", "triton")
 
 
 @pytest.fixture(params=parameters(b for b in BACKENDS if b.backend in OPS))

@@ -15,7 +15,7 @@ import genperf
 from genperf.ops import draw_key, philox_random, truncated_normal
 from genperf.ops._truncated_normal_reference import _rounded
 
-OPS = ("reference",)
+OPS = ("reference", "cpu", "triton")
 INF = math.inf
 
 #: low, high, mean and std: the middle, one side, both far tails, almost none of it.

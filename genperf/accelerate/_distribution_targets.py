@@ -32,14 +32,17 @@ from genperf.ops.philox_random import draw_key, philox_random
 
 _ONE = torch.Size()
 #: Below this many elements the operations of torch are as fast: measured, for one thread.
-_FEWEST_KL, _FEWEST_CATEGORICAL, _FEWEST_GUMBEL = 1 << 18, 1 << 11, 1 << 12
+_FEWEST_KL, _FEWEST_CATEGORICAL = 1 << 18, 1 << 11
+#: With torch's noise that is most of the time.
+_FEWEST_RELAXED = {"torch": 1 << 18, "philox": 1 << 16}
+_FEWEST_GUMBEL = {"torch": 1 << 20, "philox": 1 << 13}
 
 
 def _normal_rsample(rng: str, dist: Normal, sample_shape: Any = _ONE) -> Tensor:
     loc, scale = dist.loc, dist.scale
-    check_tensors(loc, scale)
     shape = dist._extended_shape(sample_shape)
-    check_size(shape, loc.device, FEWEST)
+    check_size(shape, loc, FEWEST)
+    check_tensors(loc, scale)
     if rng == "torch":
         return loc + _noise(shape, loc) * scale
     if loc.device.type == "cpu" and torch.is_grad_enabled():
@@ -50,9 +53,9 @@ def _normal_rsample(rng: str, dist: Normal, sample_shape: Any = _ONE) -> Tensor:
 
 def _normal_sample(rng: str, dist: Normal, sample_shape: Any = _ONE) -> Tensor:
     loc, scale = dist.loc, dist.scale
-    check_tensors(loc, scale)
     shape = dist._extended_shape(sample_shape)
-    check_size(shape, loc.device, FEWEST)
+    check_size(shape, loc, FEWEST)
+    check_tensors(loc, scale)
     with torch.no_grad():
         if not dist._validate_args and not scale.min() >= 0:
             raise Left("a standard deviation below 0")
@@ -73,9 +76,9 @@ def _philox_normal(loc: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
 
 def _normal_kl(rng: str, p: Normal, q: Normal) -> Tensor:
     tensors = (p.loc, p.scale, q.loc, q.scale)
-    check_tensors(*tensors)
     shape = torch.broadcast_shapes(p.loc.shape, q.loc.shape)
-    check_size(shape, p.loc.device, _FEWEST_KL)
+    check_size(shape, p.loc, _FEWEST_KL)
+    check_tensors(*tensors)
     mean, scale, prior_mean, prior_scale = (t.expand(shape) for t in tensors)
     divergence = gaussian_sample(
         mean, scale, parametrization="std", prior=(prior_mean, prior_scale), sample=False, reduction="none"
@@ -89,11 +92,11 @@ def _categorical_sample(rng: str, dist: Categorical, sample_shape: Any = _ONE) -
         raise Left("the draws of torch.multinomial")
     by_logits = "logits" in vars(dist)
     given = vars(dist)["logits" if by_logits else "probs"]
+    check_size(given.shape, given, _FEWEST_CATEGORICAL)
     check_tensors(given)
     size = torch.Size(sample_shape)
     if size.numel() != 1 or given.numel() == 0:
         raise Left("other than one draw a row")
-    check_size(given.shape, given.device, _FEWEST_CATEGORICAL)
     logits = given.detach() if by_logits else given.detach().log()
     check = logits.device.type == "cpu" and not dist._validate_args
     try:
@@ -108,8 +111,8 @@ def _categorical_log_prob(rng: str, dist: Categorical, value: Tensor) -> Tensor:
     if "logits" in vars(dist):
         raise Left("the constructor has normalized the logits already")
     probs = vars(dist)["probs"]
+    check_size(probs.shape, probs, _FEWEST_CATEGORICAL)
     check_tensors(probs)
-    check_size(probs.shape, probs.device, _FEWEST_CATEGORICAL)
     if dist._validate_args:
         dist._validate_sample(value)
     index, probs = torch.broadcast_tensors(value.long().unsqueeze(-1), probs)
@@ -120,9 +123,9 @@ def _relaxed_rsample(rng: str, dist: RelaxedOneHotCategorical, sample_shape: Any
     if type(dist.base_dist) is not ExpRelaxedCategorical or len(dist.transforms) != 1:
         raise Left("other transforms")
     logits, tau = dist.logits, _temperature(dist.temperature)
-    check_tensors(logits)
     shape = dist._extended_shape(sample_shape)
-    check_size(shape, logits.device, _FEWEST_GUMBEL)
+    check_size(shape, logits, _FEWEST_RELAXED[rng])
+    check_tensors(logits)
     if rng == "philox":
         return gumbel_softmax(logits.expand(shape), tau, rng="philox")
     uniforms = clamp_probs(torch.rand(shape, dtype=logits.dtype, device=logits.device))
@@ -138,9 +141,11 @@ def _relaxed_sample(rng: str, dist: RelaxedOneHotCategorical, sample_shape: Any 
 def softmax_by_kernel(
     rng: str, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1
 ) -> Tensor:
+    if isinstance(logits, Tensor):
+        check_size(logits.shape, logits, _FEWEST_GUMBEL[rng])
     check_tensors(logits)
-    check_size(logits.shape, logits.device, _FEWEST_GUMBEL)
-    if eps != 1e-10 or type(hard) is not bool or type(dim) is not int or not logits.dim():
+    odd = eps != 1e-10 or type(hard) is not bool or type(dim) is not int
+    if odd or not -logits.dim() <= dim < logits.dim():
         raise Left("unusual arguments")
     return gumbel_softmax(logits, _temperature(tau), hard, dim, rng=rng)
 

@@ -137,14 +137,18 @@ class ElementNll:
     def _triton(self, params: Tensor, scale: Tensor | None, x: Tensor, *settings: Any) -> Tensor:
         from genperf.kernels.element_nll import element_nll_forward
 
-        return element_nll_forward(self._number, *_planes(params, scale), x, *settings)
+        first, second = _planes(params, scale)
+        assert first is not None
+        return element_nll_forward(self._number, first, second, x, *settings)
 
     def _triton_backward(self, grad: Tensor, params: Tensor, scale: Tensor | None, x: Tensor, *settings: Any):
         from genperf.kernels.element_nll import element_nll_backward
 
         grads = _gradients(grad, params, scale, x, *settings)
         grad_planes = *_planes(*grads[:2]), grads[2]
-        element_nll_backward(self._number, grad, grad_planes, *_planes(params, scale), x, *settings[:-3])
+        first, second = _planes(params, scale)
+        assert first is not None
+        element_nll_backward(self._number, grad, grad_planes, first, second, x, *settings[:-3])
         return grads
 
     def __call__(self, params: Tensor, scale: Tensor | None, x: Tensor, settings: tuple[Any, ...]) -> Tensor:

@@ -6,6 +6,7 @@ image synthesis", ICLR 2019 (arXiv:1809.11096), and ``torch.nn.init.trunc_normal
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -76,6 +77,23 @@ def _check_numbers(**numbers: Any) -> dict[str, float]:
     return {name: float(value) for name, value in numbers.items()}
 
 
+def _law(
+    low: float, high: float, mean: float, std: float, scale: float, dtype: torch.dtype
+) -> tuple[int, list[float]]:
+    """Kind and constants of the torch op, for numbers that are drawn in this dtype."""
+    law = constants_of(**_check_numbers(low=low, high=high, mean=mean, std=std, scale=scale), dtype=dtype)
+    if law is None:
+        raise ValueError(
+            f"{OP}: low is {low} and high is {high}, times {scale}, with mean {mean} and std {std}: expected "
+            f"bounds with a number of {dtype} between them, and within its range"
+        )
+    return law
+
+
+#: The same, remembered.
+_known_law = functools.lru_cache(maxsize=256, typed=True)(_law)
+
+
 def _shape(size: Any) -> tuple[int, ...]:
     sizes = size if isinstance(size, (tuple, list)) else (size,)
     for n in sizes:
@@ -134,18 +152,12 @@ def truncated_normal(
             no number of the dtype lies between the bounds; for noise, keys and generators that do not fit.
         RuntimeError: if a backend was forced that cannot run.
     """
-    numbers = _check_numbers(low=low, high=high, mean=mean, std=std, scale=scale)
     shape = _shape(size)
     dtype = torch.get_default_dtype() if dtype is None else dtype
     if dtype not in FLOATS:
         raise TypeError(f"{OP}: dtype is {dtype}, expected one of {FLOATS}")
     drawn = torch.float32 if dtype == torch.float64 else dtype
-    law = constants_of(**numbers, dtype=drawn)
-    if law is None:
-        raise ValueError(
-            f"{OP}: low is {low} and high is {high}, times {scale}, with mean {mean} and std {std}: expected "
-            f"bounds with a number of {dtype} between them, and within its range"
-        )
+    law = (_law if torch.compiler.is_dynamo_compiling() else _known_law)(low, high, mean, std, scale, drawn)
     if device is None:
         given = next((t for t in (noise, key) if isinstance(t, Tensor)), None)
         device = None if given is None else given.device

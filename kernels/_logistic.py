@@ -6,7 +6,15 @@ Of any block of positions, a tuple has one block for each image channel.
 import triton
 import triton.language as tl
 
-from ._math import exp_bounded
+from ._math import INTERPRETED, exp, exp_bounded, log_normal
+from ._tile import LAUNCH
+
+# Positions of a program: one a thread, since mixtures take its registers. Interpreted, a program takes as
+# long whatever its size.
+POSITIONS = 1024 if INTERPRETED else 128
+# For kernels of which ptxas by itself gives a thread too few registers, and spills; three programs of these fit
+# on a multiprocessor.
+LONG = {**LAUNCH, "maxnreg": 168}
 
 FAR = tl.constexpr(2.0**60)
 NARROW = tl.constexpr(0.35)  # widths below take series
@@ -118,3 +126,22 @@ def level_mass(x, mean, log_scale, definition, EXACT: tl.constexpr, GRADIENT: tl
         by_log_scale = tl.where(log_scale < min_log_scale, 0.0, by_log_scale)
     exponent = exponent + m * 0.0  # NaN, which the logarithm of the ratio does not tell
     return exponent, ratio, by_distance, by_log_scale
+
+
+@triton.jit
+def clamp(x, low, high):
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def inner_uniform(u):
+    """Within [1e-5, 1 - 1e-5], which public code draws from."""
+    return clamp(u, 1e-5, 1.0 - 1e-5)
+
+
+@triton.jit
+def logistic_value(mean, log_scale, uniform, min_log_scale, heat):
+    """A logistic number within [-1, 1]; ``heat`` multiplies the scale. ``csrc/common/logistic.h``'s bits."""
+    u = inner_uniform(uniform)
+    s = tl.where(log_scale < min_log_scale, min_log_scale, log_scale)
+    return clamp(mean + exp(s) * heat * (log_normal(u) - log_normal(1.0 - u)), -1.0, 1.0)

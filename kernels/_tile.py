@@ -5,7 +5,7 @@ then over the tiles of a sample, both in a fixed order.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -79,6 +79,14 @@ def plan(shape: tuple[int, ...], *strides: tuple[int, ...] | None, size: int = T
             "BLOCK_N": block_n,
         },
     )
+
+
+def numbering(shape: Sequence[int], key: Tensor) -> tuple[int, ...]:
+    """The strides of the numbers that a key gives the elements of a shape: each sample's own with keys."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return (0 if key.dim() == 2 else strides[0], *strides[1:])
 
 
 class Example(NamedTuple):

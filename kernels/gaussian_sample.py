@@ -15,7 +15,18 @@ from torch import Tensor
 
 from ._math import LOG_2PI, exp, exp_m1, exp_m1_mx, log, rounded, saturate, sigmoid, softplus, tanh
 from ._philox import normals_at, normals_of_groups
-from ._tile import LAUNCH, Example, Plan, offset_of, on_device_of, plan, store_sums, sum_chunks, tile
+from ._tile import (
+    LAUNCH,
+    Example,
+    Plan,
+    numbering,
+    offset_of,
+    on_device_of,
+    plan,
+    store_sums,
+    sum_chunks,
+    tile,
+)
 
 LOG_VARIANCE = tl.constexpr(0)
 LOG_SIGMA = tl.constexpr(1)
@@ -250,12 +261,7 @@ def _noise_strides(shape: torch.Size, noise: Tensor | None, key: Tensor | None) 
     """The strides of the noise, or of the numbers that the key gives the elements."""
     if noise is not None:
         return noise.stride()
-    if key is None:
-        return None
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return (0 if key.dim() == 2 else strides[0], *strides[1:])
+    return None if key is None else numbering(shape, key)
 
 
 def _grouped(p: Plan, key: Tensor | None) -> bool:

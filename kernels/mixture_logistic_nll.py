@@ -18,16 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._logistic import exp_down, level_mass, reciprocal, share_of
-from ._math import FLOAT_MAX, INTERPRETED, log, log_normal, rounded
+from ._logistic import LONG, POSITIONS, exp_down, level_mass, reciprocal, share_of
+from ._math import FLOAT_MAX, log, log_normal, rounded
 from ._tile import LAUNCH, Example, offset_of, on_device_of, plan, tile
 
-# Positions of a program: one a thread, since mixtures take its registers. Interpreted, a program takes as
-# long whatever its size.
-POSITIONS = 1024 if INTERPRETED else 128
 SUMS = 1024  # partial sums that are added at a time
-# Else ptxas takes fewer registers and spills; with these three programs fit on a multiprocessor.
-_BACKWARD = {**LAUNCH, "maxnreg": 168}
 
 
 @triton.jit
@@ -338,7 +333,7 @@ def mixture_logistic_nll_backward(
         _backward_kernel[p.grid](
             grad, params, x, grad_params, grad_x, (s_grad, *p.strides[:4]),
             (_channel(params), _channel(x), _channel(grad_params), _channel(grad_x)), p.sizes, *p.counts,
-            mixtures, definition, **constants, **p.constants, **_BACKWARD,
+            mixtures, definition, **constants, **p.constants, **LONG,
         )  # fmt: skip
     return grad_params, grad_x
 

@@ -59,6 +59,12 @@ def _cpu(params: Tensor, of_mixture: Any, of_values: Any, key: Any, channels: in
     return out
 
 
+def _triton(*args: Any) -> Tensor:
+    from genperf.kernels.mixture_logistic_sample import mixture_logistic_sample
+
+    return mixture_logistic_sample(*args)
+
+
 def _refuses(params: Tensor, *_: Any) -> str | None:
     if params.dtype not in _NATIVE_DTYPES:
         return f"{params.dtype} is left to the reference"
@@ -69,6 +75,7 @@ _op.implement(
     "cpu", _cpu, _refuses,
     direct=_backend.native.cpu.mixture_logistic_sample_direct if _backend.native else None,
 )  # fmt: skip
+_op.implement("triton", _triton, _refuses)
 
 
 def _settings(

@@ -8,9 +8,10 @@ from genperf_testing.backends import BACKENDS, parameters, skip_if_missing
 from genperf_testing.cases import SHAPES, Case, normals
 from scipy import stats
 
+import genperf
 from genperf.ops import discretized_logistic_sample, philox_random
 
-OPS = ("reference", "cpu")
+OPS = ("reference", "cpu", "triton")
 
 
 @pytest.fixture(params=parameters(b for b in BACKENDS if b.backend in OPS))
@@ -46,6 +47,15 @@ def test_definition(convention, channel_dim, backend):
     x = means + 0.5 * log_scales.double().clamp(min=low).exp() * (v.log() - (1 - v).log())
     x = x.clamp(-1, 1) * (0.5 if convention == "nvae" else 1.0) + (0.5 if convention == "nvae" else 0.0)
     torch.testing.assert_close(out.double().movedim(channel_dim, 1), x, rtol=1e-5, atol=1e-5)
+
+
+def test_every_backend_draws_the_same_bits(backend):
+    if backend.backend == "reference":
+        pytest.skip("takes torch's own exponential")
+    params, key = normals((2, 6, 3, 7), "p"), torch.tensor([3, 1])
+    out = discretized_logistic_sample(params, key=key)
+    with genperf.backend("cpu"), genperf.cpu_isa("baseline"):
+        assert torch.equal(out, discretized_logistic_sample(params, key=key))
 
 
 def test_the_noise_of_public_code():

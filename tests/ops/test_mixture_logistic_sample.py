@@ -15,7 +15,7 @@ import genperf
 from genperf.ops import mixture_logistic_sample, philox_random
 from genperf.sampling import heads
 
-OPS = ("reference", "cpu")
+OPS = ("reference", "cpu", "triton")
 
 
 @pytest.fixture(params=parameters(b for b in BACKENDS if b.backend in OPS))
@@ -52,8 +52,8 @@ CASES = (
 @pytest.mark.parametrize("mixtures", [1, 10, 16, 17, 40])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_head_of_the_pixel_sampler_draws_the_same(mixtures, channels, backend):
-    if backend.costly and mixtures > 16:
-        pytest.skip("interpreted, it takes long")
+    if backend.costly and (mixtures, channels) not in ((1, 3), (10, 3), (17, 1)):
+        pytest.skip("others stand for it where calls are slow")
     params = parameters_of(3, mixtures, channels, 5, 7)
     key = torch.tensor([3, 9])
     keys = torch.stack([torch.full((3,), 3), 9 + torch.arange(3)], 1)
@@ -67,14 +67,34 @@ def test_the_head_of_the_pixel_sampler_draws_the_same(mixtures, channels, backen
         torch.testing.assert_close(out * far, expected * far, rtol=1e-5, atol=1e-5)
 
 
-def test_every_backend_draws_the_same_bits(backend):
-    params = parameters_of(2, 10, 3, 4, 9)
-    key = torch.tensor([5, 6])
-    out = mixture_logistic_sample(params, key=key)
-    if backend.backend == "reference":  # torch's own exponential
-        return
+def _draws(mixtures=10):
+    """With a key, with keys and with the noise of public code."""
+    params, grey = parameters_of(2, mixtures, 3, 4, 9), parameters_of(2, mixtures, 1, 15)
+    keys = torch.tensor([[1, 2], [3, 4]])
+    generator = torch.Generator().manual_seed(0)
+    yield mixture_logistic_sample(params, key=torch.tensor([5, 6]))
+    yield mixture_logistic_sample(grey, image_channels=1, key=keys, convention="nvae", temperature=0.7)
+    yield mixture_logistic_sample(params, rng="torch", generator=generator)
+
+
+def _assert_bits_of_the_cpu(mixtures=10):
+    drawn = list(_draws(mixtures))
     with genperf.backend("cpu"), genperf.cpu_isa("baseline"):
-        assert torch.equal(out, mixture_logistic_sample(params, key=key))
+        for out, expected in zip(drawn, _draws(mixtures), strict=True):
+            assert torch.equal(out, expected)
+
+
+def test_every_backend_draws_the_same_bits(backend):
+    if backend.backend == "reference":
+        pytest.skip("takes torch's own exponential")
+    _assert_bits_of_the_cpu()
+
+
+@pytest.mark.slow
+def test_a_tree_of_three_levels(backend):
+    if backend.backend == "reference":
+        pytest.skip("takes torch's own exponential")
+    _assert_bits_of_the_cpu(300)
 
 
 def test_given_noise_is_the_keys(backend):

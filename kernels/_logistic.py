@@ -12,8 +12,8 @@ from ._tile import LAUNCH
 # Positions of a program: one a thread, since mixtures take its registers. Interpreted, a program takes as
 # long whatever its size.
 POSITIONS = 1024 if INTERPRETED else 128
-# For kernels of which ptxas by itself gives a thread too few registers, and spills. Three programs of such fit
-# on a multiprocessor.
+# For kernels of which ptxas by itself gives a thread too few registers, and spills. Three programs of them
+# fit on a multiprocessor.
 LONG = {**LAUNCH, "maxnreg": 168}
 
 FAR = tl.constexpr(2.0**60)

@@ -197,8 +197,8 @@ def mixture_logistic_sample(
     inverse of the cumulative distribution, from one uniform, and the result is what the pixel-by-pixel
     sampler (:class:`genperf.sampling.heads.LogisticMixture`) draws; each backend draws the same bits.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton``, ``reference``. The only CUDA C++ kernel is that of
-    the pixel sampler.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton``, ``reference``. The only CUDA C++ kernel is that
+    of the pixel sampler.
 
     Args:
         params: as of :func:`genperf.ops.mixture_logistic_nll`.

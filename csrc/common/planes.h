@@ -78,17 +78,19 @@ class Planes {
     return {buffer};
   }
 
-  // Writes all channels.
-  void write(const Span& span, int n, const float* buffer) const {
+  // Writes all channels, or those of [begin, end).
+  void write(const Span& span, int n, const float* buffer) const { write(span, n, buffer, 0, channels_); }
+  void write(const Span& span, int n, const float* buffer, int64_t begin, int64_t end) const {
     if (span.in_place) {
       float* const to = static_cast<float*>(where_.data) + span.offset[0];
-      for (int64_t c = 0; c < channels_; ++c) write_line(to + c * step_, buffer + c * kRow);
+      for (int64_t c = begin; c < end; ++c) write_line(to + c * step_, buffer + c * kRow);
       return;
     }
     const bool by_channel = step_ != 1;
-    const int64_t outer = by_channel ? channels_ : n, inner = by_channel ? n : channels_;
-    for (int64_t a = 0; a < outer; ++a) {
-      for (int64_t b = 0; b < inner; ++b) {
+    const int64_t outer[] = {by_channel ? begin : 0, by_channel ? end : n};
+    const int64_t inner[] = {by_channel ? 0 : begin, by_channel ? n : end};
+    for (int64_t a = outer[0]; a < outer[1]; ++a) {
+      for (int64_t b = inner[0]; b < inner[1]; ++b) {
         const int64_t c = by_channel ? a : b, i = by_channel ? b : a;
         put(span.offset[i] + c * step_, buffer[c * kRow + i]);
       }

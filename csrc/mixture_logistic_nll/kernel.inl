@@ -29,25 +29,25 @@ constexpr int coefficient(int channel, int other) { return channel - 1 + other; 
 
 constexpr int coefficients(int channels) { return channels == 1 ? 0 : 3; }
 
-// What is kept of a mixture for the second pass, in blocks of 16 floats: its log-probability, then its
-// weight; the weight of its logit; for each image channel the derivatives by distance and log-scale;
-// derivatives and values of the shares.
+// What is kept of a mixture for the second pass, in blocks of 16 floats: its log-probability without `ratio`,
+// then its weight; `ratio`, then the weight of its logit; for each image channel the derivatives by distance
+// and log-scale; derivatives and values of the shares.
 constexpr int kept(int channels) { return 2 + 2 * channels + 2 * coefficients(channels); }
 
 // The running largest; NaN is left out, the sums tell of it.
 GENPERF_HD Vf larger(Vf x, Vf y) { return select(x > y, x, y); }
 
-// exp(x - largest), 0 where that is below e^-87.
+// exp(x - largest), 0 where that is below 2^-124.
 GENPERF_HD Vf weight(Vf x, Vf largest) {
-  const Vf z = x - largest;
-  return select(z < -87.0f, splat<Vf>(0.0f), exp_down(z));
+  const Vf z = (x - largest) * kLog2E;
+  return select(z < -124.0f, splat<Vf>(0.0f), exp2_down(z));
 }
 
 // Subtracted in place of a largest of -inf, where there is nothing to weigh.
 GENPERF_HD Vf finite(Vf largest) { return select(largest == -kInfinity, splat<Vf>(0.0f), largest); }
 
 struct Sums {
-  Vf nll, largest, sum;  // of the mixtures' log-probabilities
+  Vf nll, largest, sum;  // of the mixtures' log-probabilities, without their `ratio`; of their weights
   Vf logits_largest, logits_sum;
 };
 
@@ -55,40 +55,48 @@ struct Sums {
 template <int kChannels, bool kExact, bool kGradient>
 Sums sum_mixtures(const Layout& layout, bool logits, const LevelDefinition& d, const Tile& params,
                   const Vf* x, int i, float* held) {
-  constexpr int kKept = kGradient ? kept(kChannels) : 1;
+  constexpr int kKept = kGradient ? kept(kChannels) : 2;
+  constexpr int kShares = coefficients(kChannels);
   Sums s;
   s.largest = s.logits_largest = splat<Vf>(-kInfinity);
   bool tails[kChannels];
   for (int c = 0; c < kChannels; ++c) tails[c] = any((x[c] <= d.low) ^ (x[c] >= d.high));
   for (int64_t k = 0; k < layout.mixtures; ++k) {
     float* const keep = held + k * kKept * kLanes;
-    Vf exponent = splat<Vf>(0.0f), ratio = splat<Vf>(1.0f);
+    const auto param = [&](int channel, int part) { return load(params[layout.at(channel, part, k)] + i); };
+    Level<kExact, kGradient, Vf> level[kChannels];
     [[maybe_unused]] Vf share[3], slope[3];
-    if constexpr (kChannels == 3) {
-      for (int j = 0; j < 3; ++j) share[j] = share_of(load(params[layout.at(j, 2, k)] + i), slope[j]);
+    for (int c = 0; c < kChannels; ++c) level[c].scale(param(c, 1), d);
+    if constexpr (kShares == 3) {
+      Vf u[3], denominator[3], over[3];
+      for (int j = 0; j < 3; ++j) u[j] = share_exponential(param(j, 2));
+      for (int j = 0; j < 3; ++j) denominator[j] = 1.0f + u[j];
+      reciprocals<3>(denominator, over);
+      for (int j = 0; j < 3; ++j) share[j] = share_of(param(j, 2), u[j], over[j], slope[j]);
     }
     for (int c = 0; c < kChannels; ++c) {
-      Vf mean = load(params[layout.at(c, 0, k)] + i);
-      if constexpr (kChannels == 3) {
-        for (int other = 0; other < c; ++other) mean = mean + share[coefficient(c, other)] * x[other];
-      }
-      const Vf log_scale = load(params[layout.at(c, 1, k)] + i);
-      const auto level = tails[c] ? level_mass<kExact, kGradient, true>(x[c], mean, log_scale, d)
-                                  : level_mass<kExact, kGradient, false>(x[c], mean, log_scale, d);
-      exponent = exponent + level.exponent;
-      ratio = ratio * level.ratio;
+      Vf mean = param(c, 0);
+      for (int other = 0; other < c; ++other) mean = mean + share[coefficient(c, other)] * x[other];
+      level[c].distance(x[c], mean, d);
+    }
+    Vf denominator[kChannels], over[kChannels];
+    for (int c = 0; c < kChannels; ++c) level[c].parts();
+    for (int c = 0; c < kChannels; ++c) denominator[c] = level[c].denominator;
+    reciprocals<kChannels>(denominator, over);
+    Vf joint = splat<Vf>(0.0f), ratio = splat<Vf>(1.0f);
+    for (int c = 0; c < kChannels; ++c) {
+      level[c].finish(x[c], param(c, 1), over[c], tails[c], d);
+      joint = joint + level[c].exponent;
+      ratio = ratio * level[c].ratio;
       if constexpr (kGradient) {
-        store(keep + (2 + c) * kLanes, level.by_distance);
-        store(keep + (2 + kChannels + c) * kLanes, level.by_log_scale);
+        store(keep + (2 + c) * kLanes, level[c].by_distance);
+        store(keep + (2 + kChannels + c) * kLanes, level[c].by_log_scale);
       }
     }
-    if constexpr (kGradient && kChannels == 3) {
-      for (int j = 0; j < 3; ++j) {
-        store(keep + (2 + 2 * kChannels + j) * kLanes, slope[j]);
-        store(keep + (5 + 2 * kChannels + j) * kLanes, share[j]);
-      }
+    for (int j = 0; kGradient && j < kShares; ++j) {
+      store(keep + (2 + 2 * kChannels + j) * kLanes, slope[j]);
+      store(keep + (5 + 2 * kChannels + j) * kLanes, share[j]);
     }
-    Vf joint = exponent + log_normal(ratio);
     if (logits) {
       const Vf logit = load(params[k] + i);
       joint = joint + logit;
@@ -96,12 +104,13 @@ Sums sum_mixtures(const Layout& layout, bool logits, const LevelDefinition& d, c
     }
     s.largest = larger(joint, s.largest);
     store(keep, joint);
+    store(keep + kLanes, ratio);
   }
   const Vf largest = finite(s.largest);
   s.sum = s.logits_sum = splat<Vf>(0.0f);
   for (int64_t k = 0; k < layout.mixtures; ++k) {
     float* const keep = held + k * kKept * kLanes;
-    const Vf w = weight(load(keep), largest);
+    const Vf w = weight(load(keep), largest) * load(keep + kLanes);
     s.sum = s.sum + w;
     if constexpr (kGradient) store(keep, w);
     if (!logits) continue;
@@ -185,11 +194,74 @@ void read_values(const Tile& x, int i, bool unit, Vf* values) {
   }
 }
 
+// The parameters of the tiles that a thread takes one after another. The next ones are asked for between the
+// blocks of one, so that memory is read while there is arithmetic.
+class Reader {
+ public:
+  explicit Reader(const Walk& walk)
+      : walk_(walk), channels_(walk.params.channels()), buffer_(channels_ * kRow) {}
+
+  Tile read(int64_t tile) {
+    const int n = walk_.size(tile);
+    walk_.params.locate(tile * kTile, n, span_);
+    next_ = tile + 1 < walk_.tiles;
+    if (next_) walk_.params.locate((tile + 1) * kTile, walk_.size(tile + 1), ahead_);
+    return walk_.params.read(span_, n, channels_, buffer_.get());
+  }
+  // Before the block at position i.
+  void prefetch(int i) const {
+    if (next_) walk_.params.prefetch(ahead_, channels_ * i / kTile, channels_ * (i + kLanes) / kTile);
+  }
+
+ private:
+  const Walk& walk_;
+  const int64_t channels_;
+  Scratch<float> buffer_;
+  Planes::Span span_, ahead_;
+  bool next_ = false;
+};
+
+// Their gradients, likewise: a tile's are written between the blocks of the next.
+class Writer {
+ public:
+  explicit Writer(const View& to)
+      : to_(to ? Planes(to) : Planes()), buffer_(2 * to_.channels() * kRow), written_(to_.channels()) {}
+
+  Tile tile(int64_t start, int n) {
+    to_.locate(start, n, span_[now_]);
+    n_[now_] = n;
+    return {buffer_.get() + now_ * to_.channels() * kRow};
+  }
+  // After the block at position i.
+  void advance(int i) { write(to_.channels() * (i + kLanes) / kTile); }
+  void finish_tile() {
+    flush();
+    now_ ^= 1;
+    written_ = 0;
+  }
+  void flush() { write(to_.channels()); }
+
+ private:
+  void write(int64_t end) {
+    const int before = now_ ^ 1;
+    if (end > written_)
+      to_.write(span_[before], n_[before], buffer_.get() + before * to_.channels() * kRow, written_, end);
+    written_ = end > written_ ? end : written_;
+  }
+
+  const Planes to_;
+  Scratch<float> buffer_;
+  int64_t written_;  // channels of the tile before
+  Planes::Span span_[2];
+  int n_[2] = {}, now_ = 0;
+};
+
 template <int kChannels, bool kExact>
 void forward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
 #pragma omp parallel if (walk.parallel())
   {
-    Scratch<float> params_buffer(walk.params.channels() * kRow), held(walk.layout.mixtures * kLanes);
+    Reader reader(walk);
+    Scratch<float> held(walk.layout.mixtures * 2 * kLanes);
     alignas(64) float x_buffer[kChannels * kRow], out[kTile];
     Planes::Span span;
     Vf x[kChannels];
@@ -197,12 +269,12 @@ void forward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
     for (int64_t t = 0; t < walk.tiles; ++t) {
       const int64_t start = t * kTile;
       const int n = walk.size(t);
-      walk.params.locate(start, n, span);
-      const Tile params = walk.params.read(span, n, walk.params.channels(), params_buffer.get());
+      const Tile params = reader.read(t);
       walk.x.locate(start, n, span);
       const Tile values = walk.x.read(span, n, kChannels, x_buffer);
       float* const to = n == kTile ? nll + start : out;
       for (int i = 0; i < n; i += kLanes) {
+        reader.prefetch(i);
         read_values<kChannels>(values, i, a.unit, x);
         const Sums s = sum_mixtures<kChannels, kExact, false>(walk.layout, a.logits, walk.definition, params,
                                                               x, i, held.get());
@@ -216,23 +288,21 @@ void forward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
 // `nll`, if given, gets the likelihoods; without an upstream gradient it is 1.
 template <int kChannels, bool kExact>
 void backward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
-  const Planes to_params = a.grad_params ? Planes(a.grad_params) : Planes(),
-               to_x = a.grad_x ? Planes(a.grad_x) : Planes();
+  const Planes to_x = a.grad_x ? Planes(a.grad_x) : Planes();
   const float* const upstream = a.grad_nll ? static_cast<const float*>(a.grad_nll.data) : nullptr;
 #pragma omp parallel if (walk.parallel())
   {
-    const int64_t channels = walk.params.channels();
-    Scratch<float> params_buffer(channels * kRow), gradient_buffer(channels * kRow);
+    Reader reader(walk);
+    Writer writer(a.grad_params);
     Scratch<float> held(walk.layout.mixtures * kept(kChannels) * kLanes);
     alignas(64) float x_buffer[kChannels * kRow], grad_x_buffer[kChannels * kRow], factor[kTile] = {};
-    Planes::Span span, params_span, x_span;
+    Planes::Span span, x_span;
     Vf x[kChannels];
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < walk.tiles; ++t) {
       const int64_t start = t * kTile;
       const int n = walk.size(t);
-      walk.params.locate(start, n, span);
-      const Tile params = walk.params.read(span, n, channels, params_buffer.get());
+      const Tile params = reader.read(t);
       walk.x.locate(start, n, span);
       const Tile values = walk.x.read(span, n, kChannels, x_buffer);
       for (int i = 0; i < n; ++i) {
@@ -242,15 +312,13 @@ void backward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
         factor[i] = upstream ? upstream[at] : 1.0f;
       }
       Tile grad_params{}, grad_x{};
-      if (a.grad_params) {
-        to_params.locate(start, n, params_span);
-        grad_params = {gradient_buffer.get()};
-      }
+      if (a.grad_params) grad_params = writer.tile(start, n);
       if (a.grad_x) {
         to_x.locate(start, n, x_span);
         grad_x = {grad_x_buffer};
       }
       for (int i = 0; i < n; i += kLanes) {
+        reader.prefetch(i);
         read_values<kChannels>(values, i, a.unit, x);
         const Sums s = sum_mixtures<kChannels, kExact, true>(walk.layout, a.logits, walk.definition, params,
                                                              x, i, held.get());
@@ -261,12 +329,14 @@ void backward(const MixtureLogisticNllArgs& a, const Walk& walk, float* nll) {
         }
         write_gradients<kChannels>(walk.layout, a.logits, x, s, load(factor + i), i, held.get(),
                                    a.grad_params ? &grad_params : nullptr, a.grad_x ? &grad_x : nullptr);
+        writer.advance(i);
         for (int c = 0; a.grad_x && a.unit && c < kChannels; ++c)
           store(grad_x[c] + i, 2.0f * load(grad_x[c] + i));
       }
-      if (a.grad_params) to_params.write(params_span, n, gradient_buffer.get());
+      writer.finish_tile();
       if (a.grad_x) to_x.write(x_span, n, grad_x_buffer);
     }
+    writer.flush();
     Planes::finish();
   }
 }

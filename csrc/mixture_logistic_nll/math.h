@@ -1,4 +1,5 @@
-// The mass of a level under one logistic, for float (CUDA) and for vectors of floats (CPU).
+// The mass of a level under one logistic, for float and for vectors of floats, in steps: a caller takes each
+// for all image channels before the next, since one channel's are a single long chain of operations.
 #pragma once
 
 #include "../common/math.h"
@@ -47,91 +48,136 @@ GENPERF_HD F narrow_mass(F w) {
   return (1.0f - 0.5f * w) + (0.16666667f - w * high) * w2;
 }
 
-// tanh(x) to within a rounding of 1, which is what a share of a value in [-1, 1] is worth; its derivative.
+// 2^x for x <= 127, never less than 2^-125, to 2 ulp; NaN stays NaN. For weights next to 1: the rounding of a
+// logarithm times log2(e) counts as much as that of the logarithm.
 template <class F>
-GENPERF_HD F share_of(F x, F& derivative) {
-  const F u = exp_down(-2.0f * abs(x)), over = 1.0f / (1.0f + u), t = (1.0f - u) * over;
+GENPERF_HD F exp2_down(F x) {
+  x = at_least(x, -125.0f);
+  const F shifted = x + 12582912.0f;  // adding 3 * 2^22 rounds to an integer
+  const F f = x - (shifted - 12582912.0f), f2 = f * f;
+  const F high = (5.55073358e-2f * f + 2.40222424e-1f) + (1.32647273e-3f * f + 9.67151299e-3f) * f2;
+  const F y = (0.693147004f * f + 1.0f) + high * f2;
+  return y * from_bits<F>((to_bits(shifted) << 23) + 0x3f800000);
+}
+
+// 1 / x of each of `n` numbers in [2^-20, 2^20], by one division.
+template <int n, class F>
+GENPERF_HD void reciprocals(const F* x, F* over) {
+  static_assert(n == 1 || n == 3);
+  if constexpr (n == 1) {
+    over[0] = 1.0f / x[0];
+  } else {
+    const F first = x[0] * x[1], all = 1.0f / (first * x[2]), both = all * x[2];
+    over[0] = both * x[1], over[1] = both * x[0], over[2] = all * first;
+  }
+}
+
+// tanh(x) to within a rounding of 1, which is what a share of a value in [-1, 1] is worth; its derivative.
+// u = e^-2|x|, over = 1 / (1 + u).
+template <class F>
+GENPERF_HD F share_exponential(F x) {
+  return exp2_down(abs(x) * (-2.0f * kLog2E));
+}
+template <class F>
+GENPERF_HD F share_of(F x, F u, F over, F& derivative) {
+  const F t = (1.0f - u) * over;
   derivative = 4.0f * u * (over * over);
   return select(x < 0.0f, -t, t);
 }
 
-// log p = exponent + log(ratio), ratio in [2e-2, 1]; and the derivatives of log p by x - mean and by the
-// log-scale.
-template <class F>
-struct LevelMass {
+// The mass of a level: log p = exponent + log(ratio), ratio in [2e-2, 1]; and the derivatives of log p by
+// x - mean and by the log-scale. The steps in order: scale, distance, parts, the division, finish.
+template <bool kExact, bool kGradient, class F>
+struct Level {
   F exponent, ratio, by_distance, by_log_scale;
+  F denominator;
+
+  GENPERF_HD void scale(F given, const LevelDefinition& d) {
+    s = at_least(given, d.min_log_scale);
+    s = select(s > kFar, splat<F>(kFar), s);
+    inverse = exp_down(-s);
+  }
+
+  GENPERF_HD void distance(F x, F mean, const LevelDefinition& d) {
+    signed_m = inverse * (x - mean);
+    m = abs(signed_m);
+    m = select(m > kFar, splat<F>(kFar), m);
+    const F v = inverse * d.half;
+    near = m - v, far = m + v, width = v + v;
+    e_near = exp2_down(abs(near) * -kLog2E), e_width = exp2_down(width * -kLog2E);
+  }
+
+  GENPERF_HD void parts() {
+    const F zero = splat<F>(0.0f), one = splat<F>(1.0f);
+    const auto outside = near >= 0.0f;  // the mean is not in the level
+    const auto narrow = width < kNarrow;
+    mass = select(narrow, narrow_mass(width), 1.0f - e_width);
+    // e^-far is e_near e_width outside and e_width / e_near inside: with n = 1 and e_near, e^-far = b / n and
+    // c = n (1 + e^-far). Inside a wide level it counts for nothing.
+    const F e_rest = select(width > 40.0f, zero, e_width);
+    n = select(outside, one, e_near), b = select(outside, e_near * e_width, e_rest), c = n + b;
+    one_near = 1.0f + e_near;
+    product = one_near * c;
+    exponent = select(outside, -near, zero);
+    denominator = product * mass;
+    if constexpr (!kExact) {
+      const F p = select(outside, e_near, one) * select(narrow, width, one) * mass * n;
+      unlikely = p <= product * kLeast;
+      // e^-m; inside a level as unlikely as that m is at most 2e-5.
+      e_middle = select(outside, e_near * sqrt_rn(e_width), 1.0f - m);
+      denominator = select(unlikely, square(1.0f + e_middle), denominator);
+    }
+  }
+
+  // From `all` = 1 / denominator. `tails`: whether x may be of the first or the last level.
+  GENPERF_HD void finish(F x, F given, F all, bool tails, const LevelDefinition& d) {
+    const F zero = splat<F>(0.0f), one = splat<F>(1.0f);
+    const auto outside = near >= 0.0f, narrow = width < kNarrow, below = signed_m < 0.0f;
+    const F over = all * mass;  // 1 / product
+    exponent = exponent + select(narrow, d.log_width - s, zero);
+    ratio = mass * (n * over);
+    [[maybe_unused]] F slope_far;  // sigmoid of -far
+    if constexpr (kGradient) {
+      slope_far = b * one_near * over;
+      const F slope_near = n * c * over, by = inverse * (slope_far - slope_near);
+      by_distance = select(below, -by, by);
+      const F by_width = e_width * select(narrow, one, width) * (all * product);
+      by_log_scale = near * slope_near - far * slope_far - by_width;
+    }
+    if constexpr (!kExact) {
+      exponent = select(unlikely, d.log_width - s - m, exponent);
+      ratio = select(unlikely, all, ratio);
+      if constexpr (kGradient) {
+        const F bend = (1.0f - e_middle) * (1.0f + e_middle) * all, by = inverse * bend;
+        by_distance = select(unlikely, select(below, by, -by), by_distance);
+        by_log_scale = select(unlikely, m * bend - 1.0f, by_log_scale);
+      }
+    }
+    if (tails) {  // sigmoid(side m + v)
+      const auto first = x <= d.low, last = x >= d.high;
+      const F side = select(first, select(below, -m, m), select(below, m, -m)), outer = side + 0.5f * width;
+      const auto beyond = side >= 0.0f;
+      // 1 / (1 + e^-|outer|), |outer| being far or near.
+      const F over_tail = 1.0f / select(beyond, c / n, one_near);
+      const F tail_exponent = select(outer < 0.0f, outer, zero);
+      exponent = select(first, tail_exponent, select(last, tail_exponent, exponent));
+      ratio = select(first, over_tail, select(last, over_tail, ratio));
+      if constexpr (kGradient) {
+        const F slope = select(beyond, b / n, select(outer >= 0.0f, e_near, one)) * over_tail;
+        const F by = inverse * slope, by_scale = -outer * slope;
+        by_distance = select(first, by, select(last, -by, by_distance));
+        by_log_scale = select(first, by_scale, select(last, by_scale, by_log_scale));
+      }
+    }
+    if constexpr (kGradient) by_log_scale = select(given < d.min_log_scale, zero, by_log_scale);
+    exponent = exponent + m * 0.0f;  // NaN, which the ratio does not tell
+  }
+
+ private:
+  F s, inverse, signed_m, m, near, far, width, e_near, e_width;
+  F mass, n, b, c, one_near, product, e_middle;
+  IntOf<F> unlikely;
 };
-
-// `kTails`: whether x may be of the first or the last level.
-template <bool kExact, bool kGradient, bool kTails, class F>
-GENPERF_HD LevelMass<F> level_mass(F x, F mean, F log_scale, const LevelDefinition& d) {
-  const F zero = splat<F>(0.0f), one = splat<F>(1.0f);
-  const auto held = log_scale < d.min_log_scale;
-  F s = at_least(log_scale, d.min_log_scale);
-  s = select(s > kFar, splat<F>(kFar), s);
-  const F inverse = exp_down(-s), signed_m = inverse * (x - mean), v = inverse * d.half;
-  const auto below = signed_m < 0.0f;
-  F m = abs(signed_m);
-  m = select(m > kFar, splat<F>(kFar), m);
-  const F near = m - v, far = m + v, width = v + v;
-  const auto outside = near >= 0.0f;  // the mean is not in the level
-  const F e_near = exp_down(-abs(near)), e_width = exp_down(-width);
-  const auto narrow = width < kNarrow;
-  const F mass = select(narrow, narrow_mass(width), 1.0f - e_width);
-
-  // e^-far is e_near e_width outside and e_width / e_near inside: with n = 1 and e_near, e^-far = b / n and
-  // c = n (1 + e^-far). Inside a wide level it counts for nothing.
-  const F e_rest = select(width > 40.0f, zero, e_width);
-  const F n = select(outside, one, e_near), b = select(outside, e_near * e_width, e_rest), c = n + b;
-  const F one_near = 1.0f + e_near;
-  // One division for both, with a gradient or without: the same bits.
-  const F product = one_near * c, all = 1.0f / (product * mass), over = all * mass;  // 1 / product
-
-  LevelMass<F> r;
-  r.exponent = select(outside, -near, zero) + select(narrow, d.log_width - s, zero);
-  r.ratio = mass * (n * over);
-  [[maybe_unused]] F slope_far, slope_near;  // sigmoid of -far and of near
-  if constexpr (kGradient) {
-    slope_far = b * one_near * over;
-    slope_near = n * c * over;
-    const F by = inverse * (slope_far - slope_near);
-    r.by_distance = select(below, -by, by);
-    const F by_width = e_width * select(narrow, one, width) * (all * product);
-    r.by_log_scale = near * slope_near - far * slope_far - by_width;
-  }
-  if constexpr (!kExact) {
-    const F p = select(outside, e_near, one) * select(narrow, width, one) * r.ratio;
-    const auto unlikely = p <= kLeast;
-    const F e = exp_down(-m), over_one = 1.0f / (1.0f + e);
-    r.exponent = select(unlikely, d.log_width - s - m, r.exponent);
-    r.ratio = select(unlikely, over_one * over_one, r.ratio);
-    if constexpr (kGradient) {
-      const F bend = (1.0f - e) * over_one, by = inverse * bend;
-      r.by_distance = select(unlikely, select(below, by, -by), r.by_distance);
-      r.by_log_scale = select(unlikely, m * bend - 1.0f, r.by_log_scale);
-    }
-  }
-
-  if constexpr (kTails) {  // sigmoid(side m + v)
-    const auto first = x <= d.low, last = x >= d.high;
-    const F side = select(first, select(below, -m, m), select(below, m, -m)), outer = side + v;
-    const auto beyond = side >= 0.0f;
-    // 1 / (1 + e^-|outer|), |outer| being far or near.
-    const F over_tail = select(beyond, n * one_near, c) * over;
-    const F tail_exponent = select(outer < 0.0f, outer, zero);
-    r.exponent = select(first, tail_exponent, select(last, tail_exponent, r.exponent));
-    r.ratio = select(first, over_tail, select(last, over_tail, r.ratio));
-    if constexpr (kGradient) {
-      const F slope = select(beyond, b * one_near * over, select(outer >= 0.0f, e_near, one) * over_tail);
-      const F by = inverse * slope, by_scale = -outer * slope;
-      r.by_distance = select(first, by, select(last, -by, r.by_distance));
-      r.by_log_scale = select(first, by_scale, select(last, by_scale, r.by_log_scale));
-    }
-  }
-  if constexpr (kGradient) r.by_log_scale = select(held, zero, r.by_log_scale);
-  r.exponent = r.exponent + m * 0.0f;  // NaN, which the logarithm of the ratio does not tell
-  return r;
-}
 
 }  // namespace GENPERF_ISA
 }  // namespace genperf

@@ -7,6 +7,8 @@ namespace genperf {
 inline namespace GENPERF_ISA {
 
 // Whether a mask holds in any lane.
+GENPERF_HD bool any(bool mask) { return mask; }
+#ifdef GENPERF_VECTORS
 GENPERF_HD bool any(Vi mask) {
   Vi::Native all = mask.part[0];
   for (int i = 1; i < kParts; ++i) all |= mask.part[i];
@@ -20,6 +22,7 @@ GENPERF_HD bool any(Vi mask) {
   return (all[0] | all[1] | all[2] | all[3]) != 0;
 #endif
 }
+#endif
 
 }  // namespace GENPERF_ISA
 }  // namespace genperf

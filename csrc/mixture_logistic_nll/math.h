@@ -2,13 +2,14 @@
 // for all image channels before the next, since one channel's are a single long chain of operations.
 #pragma once
 
+#include "../common/mask.h"
 #include "../common/math.h"
 
 namespace genperf {
 inline namespace GENPERF_ISA {
 
 inline constexpr float kFar = 1.152921504606846976e18f;  // 2^60
-inline constexpr float kNarrow = 0.35f;                  // widths below take series
+inline constexpr float kNarrow = 1.0f;                   // widths below take a polynomial
 inline constexpr float kLeast = 1e-5f;
 
 // How a level's mass is defined; log_width = log(2 half).
@@ -16,21 +17,29 @@ struct LevelDefinition {
   float half, log_width, low, high, min_log_scale;
 };
 
-// x, and `least` where it is less; NaN stays NaN. One instruction of x86, which the compiler does not find.
+// x, and `least` where it is less, `most` where it is more; NaN stays NaN. One instruction of x86, which the
+// compiler does not find.
 GENPERF_HD float at_least(float x, float least) { return x < least ? least : x; }
+GENPERF_HD float at_most(float x, float most) { return x > most ? most : x; }
 #ifdef GENPERF_VECTORS
-GENPERF_HD Vf at_least(Vf x, float least) {
-  return for_parts<Vf>([&](int i) {
 #if defined(__AVX512F__)
-    return (Nf)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x.part[i]);
+GENPERF_HD Nf at_least_native(Nf x, Nf least) { return (Nf)_mm512_max_ps((__m512)least, (__m512)x); }
+GENPERF_HD Nf at_most_native(Nf x, Nf most) { return (Nf)_mm512_min_ps((__m512)most, (__m512)x); }
 #elif defined(__AVX2__)
-    return (Nf)_mm256_max_ps(_mm256_set1_ps(least), (__m256)x.part[i]);
+GENPERF_HD Nf at_least_native(Nf x, Nf least) { return (Nf)_mm256_max_ps((__m256)least, (__m256)x); }
+GENPERF_HD Nf at_most_native(Nf x, Nf most) { return (Nf)_mm256_min_ps((__m256)most, (__m256)x); }
 #elif defined(__x86_64__)
-    return (Nf)_mm_max_ps(_mm_set1_ps(least), (__m128)x.part[i]);
+GENPERF_HD Nf at_least_native(Nf x, Nf least) { return (Nf)_mm_max_ps((__m128)least, (__m128)x); }
+GENPERF_HD Nf at_most_native(Nf x, Nf most) { return (Nf)_mm_min_ps((__m128)most, (__m128)x); }
 #else
-    return x.part[i] < least ? Nf{} + least : x.part[i];
+GENPERF_HD Nf at_least_native(Nf x, Nf least) { return x < least ? least : x; }
+GENPERF_HD Nf at_most_native(Nf x, Nf most) { return x > most ? most : x; }
 #endif
-  });
+GENPERF_HD Vf at_least(Vf x, float least) {
+  return for_parts<Vf>([&](int i) { return at_least_native(x.part[i], Nf{} + least); });
+}
+GENPERF_HD Vf at_most(Vf x, float most) {
+  return for_parts<Vf>([&](int i) { return at_most_native(x.part[i], Nf{} + most); });
 }
 #endif
 
@@ -40,12 +49,13 @@ GENPERF_HD F exp_down(F x) {
   return exp_bounded(at_least(x, -87.0f));
 }
 
-// (1 - e^-w) / w for 0 <= w < kNarrow.
+// (1 - e^-w) / w for 0 <= w < kNarrow: a Chebyshev fit, and 1 at 0.
 template <class F>
 GENPERF_HD F narrow_mass(F w) {
   const F w2 = w * w;
-  const F high = (4.1666667e-2f - 8.3333333e-3f * w) + (1.3888889e-3f - 1.9841270e-4f * w) * w2;
-  return (1.0f - 0.5f * w) + (0.16666667f - w * high) * w2;
+  const F high =
+      (0.166663662f - 4.16474678e-2f * w) + ((8.2762083e-3f - 1.30112644e-3f * w) + 1.29130916e-4f * w2) * w2;
+  return (1.0f - 0.499999851f * w) + high * w2;
 }
 
 // 2^x for x <= 127, never less than 2^-125, to 2 ulp; NaN stays NaN. For weights next to 1: the rounding of a
@@ -93,25 +103,28 @@ struct Level {
   F denominator;
 
   GENPERF_HD void scale(F given, const LevelDefinition& d) {
-    s = at_least(given, d.min_log_scale);
-    s = select(s > kFar, splat<F>(kFar), s);
+    s = at_most(at_least(given, d.min_log_scale), kFar);
     inverse = exp_down(-s);
   }
 
   GENPERF_HD void distance(F x, F mean, const LevelDefinition& d) {
     signed_m = inverse * (x - mean);
-    m = abs(signed_m);
-    m = select(m > kFar, splat<F>(kFar), m);
+    m = at_most(abs(signed_m), kFar);
     const F v = inverse * d.half;
     near = m - v, far = m + v, width = v + v;
-    e_near = exp2_down(abs(near) * -kLog2E), e_width = exp2_down(width * -kLog2E);
+    e_near = exp2_down(abs(near) * -kLog2E);
+    narrow = width < kNarrow;
+    mass = narrow_mass(width);
+    e_width = 1.0f - width * mass;
+    if (any(width >= kNarrow)) {
+      const F e = exp2_down(width * -kLog2E);
+      e_width = select(narrow, e_width, e), mass = select(narrow, mass, 1.0f - e);
+    }
   }
 
   GENPERF_HD void parts() {
     const F zero = splat<F>(0.0f), one = splat<F>(1.0f);
-    const auto outside = near >= 0.0f;  // the mean is not in the level
-    const auto narrow = width < kNarrow;
-    mass = select(narrow, narrow_mass(width), 1.0f - e_width);
+    outside = near >= 0.0f;  // the mean is not in the level
     // e^-far is e_near e_width outside and e_width / e_near inside: with n = 1 and e_near, e^-far = b / n and
     // c = n (1 + e^-far). Inside a wide level it counts for nothing.
     const F e_rest = select(width > 40.0f, zero, e_width);
@@ -132,7 +145,7 @@ struct Level {
   // From `all` = 1 / denominator. `tails`: whether x may be of the first or the last level.
   GENPERF_HD void finish(F x, F given, F all, bool tails, const LevelDefinition& d) {
     const F zero = splat<F>(0.0f), one = splat<F>(1.0f);
-    const auto outside = near >= 0.0f, narrow = width < kNarrow, below = signed_m < 0.0f;
+    const auto below = signed_m < 0.0f;
     const F over = all * mass;  // 1 / product
     exponent = exponent + select(narrow, d.log_width - s, zero);
     ratio = mass * (n * over);
@@ -176,7 +189,7 @@ struct Level {
  private:
   F s, inverse, signed_m, m, near, far, width, e_near, e_width;
   F mass, n, b, c, one_near, product, e_middle;
-  IntOf<F> unlikely;
+  decltype(F{} < F{}) narrow, outside, unlikely;
 };
 
 }  // namespace GENPERF_ISA

@@ -129,12 +129,12 @@ template <int kChannels>
 void write_gradients(const Layout& layout, bool logits, const Vf* x, const Sums& s, Vf upstream, int i,
                      const float* held, const Tile* grad_params, const Tile* grad_x) {
   constexpr int kKept = kept(kChannels);
-  const Vf over = -1.0f / s.sum, logits_over = 1.0f / s.logits_sum;
+  const Vf logits_over = 1.0f / s.logits_sum;
   Vf of_x[kChannels];
   for (Vf& g : of_x) g = splat<Vf>(0.0f);
   for (int64_t k = 0; k < layout.mixtures; ++k) {
     const float* const keep = held + k * kKept * kLanes;
-    const Vf w = load(keep) * over;
+    const Vf w = -(load(keep) / s.sum);  // of one mixture, exactly -1
     Vf by_distance[kChannels];
     for (int c = 0; c < kChannels; ++c) by_distance[c] = w * load(keep + (2 + c) * kLanes);
     if (grad_x) {

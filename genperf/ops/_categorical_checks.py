@@ -46,6 +46,14 @@ def check_uniforms(
     return check_noise(op, "logits", like, noise, key, rng, generator, torch.rand)
 
 
+def refuses_triton(logits: Tensor, top_k: int, top_p: float) -> str | None:
+    from genperf.kernels._categorical_rows import refuses as refuses_rows
+
+    if logits.dtype not in _NATIVE_DTYPES:
+        return f"{logits.dtype} is left to the reference"
+    return refuses_rows(logits, top_k, top_p)
+
+
 def refuses(logits: Tensor, *_: Any) -> str | None:
     if logits.dtype not in _NATIVE_DTYPES:
         return f"{logits.dtype} is left to the reference"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genperf import _backend
 from genperf._op import Operator
-from genperf.ops._categorical_checks import Settings, check_logits, check_settings, refuses
+from genperf.ops._categorical_checks import Settings, check_logits, check_settings, refuses, refuses_triton
 from genperf.ops._categorical_reference import reference_log_prob, reference_log_prob_backward
 
 __all__ = ["categorical_log_prob"]
@@ -62,8 +62,26 @@ def _cpu_backward(grad: Tensor, logits: Tensor, index: Tensor, *settings: Any) -
     return of_logits
 
 
+def _triton(*args: Any) -> Tensor:
+    from genperf.kernels.categorical_log_prob import categorical_log_prob
+
+    return categorical_log_prob(*args)
+
+
+def _triton_backward(*args: Any) -> Tensor:
+    from genperf.kernels.categorical_log_prob import categorical_log_prob_backward
+
+    return categorical_log_prob_backward(*args)
+
+
+def _refuses_triton(logits: Tensor, _: Any, *settings: Any) -> str | None:
+    return refuses_triton(logits, *settings[1:])
+
+
 _op.implement("cpu", _cpu, refuses)
+_op.implement("triton", _triton, _refuses_triton)
 _backward_op.implement("cpu", _cpu_backward, lambda grad, *rest: refuses(*rest))
+_backward_op.implement("triton", _triton_backward, lambda grad, *rest: _refuses_triton(*rest))
 
 
 class LogProb(torch.autograd.Function):

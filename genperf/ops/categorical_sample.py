@@ -23,7 +23,7 @@ from torch import Tensor
 
 from genperf import _backend
 from genperf._op import Operator
-from genperf.ops._categorical_checks import check_logits, check_settings, check_uniforms, refuses
+from genperf.ops._categorical_checks import check_logits, check_settings, check_uniforms, refuses, refuses_triton
 from genperf.ops._categorical_reference import reference_sample
 from genperf.ops.categorical_log_prob import LogProb, wide_dtype
 
@@ -58,7 +58,14 @@ def _cpu(
     return index, log_prob
 
 
+def _triton(*args: Any) -> tuple[Tensor, Tensor | None]:
+    from genperf.kernels.categorical_sample import categorical_sample
+
+    return categorical_sample(*args)
+
+
 _op.implement("cpu", _cpu, refuses)
+_op.implement("triton", _triton, lambda logits, _, __, *settings: refuses_triton(logits, *settings[1:3]))
 
 
 def categorical_sample(

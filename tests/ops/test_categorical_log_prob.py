@@ -9,7 +9,7 @@ from genperf_testing.cases import Case, normals
 
 from genperf.ops import categorical_log_prob
 
-OPS = ("reference", "cpu")
+OPS = ("reference", "cpu", "triton")
 
 
 @pytest.fixture(params=parameters(b for b in BACKENDS if b.backend in OPS))
@@ -93,6 +93,18 @@ def test_finite_at_the_extremes_of_half_precision(backend):
         torch.testing.assert_close(log_prob, torch.tensor([1.0, 1 / 3]).log())
         log_prob.sum().backward()
         assert logits.grad.isfinite().all()
+
+
+def test_rows_longer_than_a_program_holds(backend):
+    logits, index = normals((2, 17000), "long").requires_grad_(), torch.tensor([3, 16990])
+    log_prob = categorical_log_prob(logits, index, temperature=0.5)
+    exact = (logits.detach().double() / 0.5).log_softmax(1)
+    picked = exact.gather(1, index[:, None])[:, 0]
+    torch.testing.assert_close(log_prob.double(), picked, rtol=1e-6, atol=1e-6)
+    (of_logits,) = torch.autograd.grad(log_prob.sum(), logits)
+    expected = -exact.exp() / 0.5
+    expected[torch.arange(2), index] += 2.0
+    torch.testing.assert_close(of_logits.double(), expected, rtol=1e-5, atol=1e-8)
 
 
 def test_bad_arguments():

@@ -132,9 +132,7 @@ def limits(n_classes: int, temperature: float, top_k: int, top_p: float) -> dict
     }
 
 
-def sums_of_parts(
-    logits: Tensor, place: Where, temperature: float
-) -> tuple[Tensor, Tensor, dict[str, object]]:
+def sums_of_parts(logits: Tensor, place: Where, temperature: float) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Of long rows the parts' largest logits and sums, [rows, parts], and constants of launches."""
     n = logits.shape[-1]
     rows, parts = logits.shape[:-1].numel(), triton.cdiv(n, PART)

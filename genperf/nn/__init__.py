@@ -1,5 +1,6 @@
 """Modules and distribution objects over :mod:`genperf.ops`: parameters and state, no mathematics."""
 
+from genperf.nn.categorical import Categorical
 from genperf.nn.diagonal_gaussian import DiagonalGaussian
 from genperf.nn.element_heads import Bernoulli, Gaussian
 from genperf.nn.flows import (
@@ -23,6 +24,7 @@ __all__ = [
     "ActNorm",
     "AffineCoupling",
     "Bernoulli",
+    "Categorical",
     "DiagonalGaussian",
     "DiscretizedLogistic",
     "Gaussian",

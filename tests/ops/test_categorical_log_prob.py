@@ -47,6 +47,8 @@ CASES = (_case("plain", temperature=0.8), _case("in dimension 1, limited", dim=1
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [1, -1])
 def test_as_log_softmax(dtype, dim, backend):
+    if backend.costly and (dim == 1) == (dtype == torch.float32):
+        pytest.skip("interpreted, it takes long")
     logits = (3 * normals((2, 40, 3, 20), "softmax")).to(dtype).requires_grad_()
     index = torch.arange(2 * 3 * 40).view(2, -1, 3, 1).expand(2, -1, 3, 20).movedim(dim, 1).select(1, 5) % 20
     out = categorical_log_prob(logits, index, dim=dim, temperature=0.6)
@@ -62,9 +64,10 @@ def test_as_log_softmax(dtype, dim, backend):
 
 
 def test_probabilities_sum_to_one(backend):
-    logits = 3 * normals((1, 50), "sum").expand(50, 50)
-    for options in ({}, {"top_k": 7, "temperature": 2.0}, {"top_p": 0.5}, {"top_k": 20, "top_p": 0.7}):
-        log_prob = categorical_log_prob(logits, torch.arange(50), **options)
+    logits = 3 * normals((1, 30), "sum").expand(30, 30)
+    several = ({}, {"top_k": 20, "top_p": 0.7}, {"top_k": 7, "temperature": 2.0}, {"top_p": 0.5})
+    for options in several[:2] if backend.costly else several:
+        log_prob = categorical_log_prob(logits, torch.arange(30), **options)
         assert log_prob.exp().sum() == pytest.approx(1.0, abs=1e-6)
         if "top_k" in options:
             assert 1 <= log_prob.isfinite().sum() <= options["top_k"]

@@ -23,7 +23,13 @@ from torch import Tensor
 
 from genperf import _backend
 from genperf._op import Operator
-from genperf.ops._categorical_checks import check_logits, check_settings, check_uniforms, refuses, refuses_triton
+from genperf.ops._categorical_checks import (
+    check_logits,
+    check_settings,
+    check_uniforms,
+    refuses,
+    refuses_triton,
+)
 from genperf.ops._categorical_reference import reference_sample
 from genperf.ops.categorical_log_prob import LogProb, wide_dtype
 

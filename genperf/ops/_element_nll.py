@@ -11,7 +11,6 @@ from torch import Tensor
 from genperf import _backend
 from genperf._op import Operator
 from genperf.ops._mixture_logistic_checks import check_one_of, check_tensor
-from genperf.ops._mixture_logistic_reference import wide
 from genperf.ops.mixture_logistic_nll import _scaled_by
 
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,7 +35,8 @@ def check_values(op: str, x: Any, like: Tensor, name: str) -> None:
 
 def _output(params: Tensor, scale: Tensor | None, x: Tensor, *settings: Any) -> Tensor:
     shape = (x.shape, x.shape[:1], torch.Size(()))[settings[-1]]
-    return params.new_empty(shape, dtype=wide(params).dtype)
+    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+    return params.new_empty(shape, dtype=dtype)
 
 
 def _gradients(grad: Tensor, params: Tensor, scale: Tensor | None, x: Tensor, *settings: Any):
@@ -154,7 +154,7 @@ class ElementNll:
     def __call__(self, params: Tensor, scale: Tensor | None, x: Tensor, settings: tuple[Any, ...]) -> Tensor:
         """Of params [B, 1 or 2, *], a scale [B, *] where there is one, and x [B, *]."""
         if params.dtype == torch.float64 or x.dtype == torch.float64:
-            x = x.to(wide(params).dtype)
+            x = x.to(torch.float64 if params.dtype == torch.float64 else torch.float32)
         tensors = [t for t in (params, scale, x) if t is not None]
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
             return self.forward(params, scale, x, *settings)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from genperf_testing.backends import BACKENDS, parameters, skip_if_missing
 from genperf_testing.cases import EMPTY, SHAPES, Case, normals
 
+import genperf
+from genperf.bench.measure import peak_bytes
 from genperf.ops import bernoulli_nll
 
 OPS = ("reference", "cpu", "triton")
@@ -85,6 +87,20 @@ def test_extremes(dtype, backend):
     torch.testing.assert_close(out.detach().cpu(), expected)
     (grad,) = torch.autograd.grad(out.sum(), leaf)
     assert torch.equal(grad.float().cpu(), torch.tensor([[0.0, 0.0, 1.0, -1.0, 0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory(dtype):
+    """Nothing of the size of the values but the gradient, which is returned."""
+    n = 1 << 14
+    params = normals((2, n), "p").to(dtype).requires_grad_()
+    x = normals((2, n), "x").sigmoid()
+
+    def run(_):
+        return torch.autograd.grad(bernoulli_nll(params, x, reduction="sum"), params)
+
+    with genperf.backend("cpu"):
+        assert peak_bytes(lambda: None, run, torch.device("cpu")) < 1024
 
 
 def test_bad_arguments():

@@ -10,6 +10,8 @@ from genperf_testing.backends import BACKENDS, parameters, skip_if_missing
 from genperf_testing.cases import EMPTY, SHAPES, Case, normals
 from torch.distributions import Normal
 
+import genperf
+from genperf.bench.measure import peak_bytes
 from genperf.ops import gaussian_nll
 
 OPS = ("reference", "cpu", "triton")
@@ -111,6 +113,20 @@ def test_extremes(dtype, backend):
     if dtype != torch.float16:
         assert grad.isfinite().all()
     assert grad[0, 1, 0] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory(dtype):
+    """Nothing of the size of the values but the gradient, which is returned."""
+    n = 1 << 14
+    params = normals((2, 2, n), "p").to(dtype).requires_grad_()
+    x = normals((2, 1, n), "x").sigmoid()
+
+    def run(_):
+        return torch.autograd.grad(gaussian_nll(params, x, reduction="sum"), params)
+
+    with genperf.backend("cpu"):
+        assert peak_bytes(lambda: None, run, torch.device("cpu")) < 1024
 
 
 def test_bad_arguments():

@@ -6,24 +6,6 @@ namespace GENPERF_ISA {
 
 namespace {
 
-// Positions by blocks within a sample.
-struct Blocks {
-  const int64_t positions, length, per_sample, count;
-
-  Blocks(const View& logits, int64_t length)
-      : positions(logits.shape[2]),
-        length(length),
-        per_sample((positions + length - 1) / length),
-        count(logits.shape[0] * per_sample) {}
-
-  int64_t sample(int64_t block) const { return block / per_sample; }
-  int64_t first(int64_t block) const { return block % per_sample * length; }
-  int size(int64_t block) const {
-    const int64_t left = positions - first(block);
-    return static_cast<int>(left < length ? left : length);
-  }
-};
-
 bool large(const GumbelQuantizeArgs& a) { return a.logits.numel() > 1 << 15; }
 
 // The codebook as rows of `pitch` floats, with zeros beyond it.
@@ -42,20 +24,22 @@ struct Table {
 };
 
 // Draws `n` positions; their noisy logits to `held`, if given, kHeld apart for each codeword.
-void draw(const Source& source, int64_t sample, int64_t position, int n, Draw& result, Online* logits,
-          float* held) {
-  Buffer l_buffer;
-  PhiloxBuffer g_buffer;
+void draw(const Source& source, Reader& reader, int n, Draw& result, Online* logits, float* held) {
   result.open();
   if (logits) logits->open();
   for (int64_t k = 0; k < source.words; ++k) {
-    const float* l = source.read_logits(sample, k, position, n, l_buffer);
-    const float* g = source.read_noise(sample, k, position, n, g_buffer);
+    const float* l = reader.logits(k);
+    const float* g = reader.noise(k);
     for (int i = 0; i < n; i += kLanes) {
-      const Vf logit = load(l + i), z = noisy(logit, load(g + i));
-      result.take(i, z, static_cast<int32_t>(k));
+      const Vf logit = load(l + i);
+      if (reader.gives_words()) {
+        result.take_words(i, logit, g, static_cast<int32_t>(k));
+      } else {
+        const Vf z = noisy(logit, load(g + i));
+        result.take(i, z, static_cast<int32_t>(k));
+        if (held) store(held + k * kHeld + i, z);
+      }
       if (logits) logits->take(i, logit);
-      if (held) store(held + k * kHeld + i, z);
     }
     if (logits && (k % kPart == kPart - 1 || k == source.words - 1)) logits->close_part(padded(n));
   }
@@ -86,28 +70,28 @@ void weigh(int64_t words, int n, const Lane& largest, float scale, const float* 
 }
 
 // The sums over the logits without noise that the gradient of the divergence takes.
-void sum_logits(const Source& source, int64_t sample, int64_t position, int n, Online& logits) {
-  Buffer buffer;
+void sum_logits(const Source& source, Reader& reader, int n, Online& logits) {
   logits.open();
   for (int64_t k = 0; k < source.words; ++k) {
-    const float* l = source.read_logits(sample, k, position, n, buffer);
+    const float* l = reader.logits(k);
     for (int i = 0; i < n; i += kLanes) logits.take(i, load(l + i));
     if (k % kPart == kPart - 1 || k == source.words - 1) logits.close_part(padded(n));
   }
 }
 
-// Gradients by the logits of one block, from its y, unnormalised, in `y` and those by y in `by_y`.
-void gradient_of_logits(const GumbelQuantizeArgs& a, const Source& source, int64_t sample, int64_t position,
+// Gradients by the logits of one block, from its y, unnormalised, in `y` and those by y in `by_y`; `first` is
+// the number of its first position.
+void gradient_of_logits(const GumbelQuantizeArgs& a, const Source& source, Reader& reader, int64_t first,
                         int n, const float* y, const float* by_y, const Lane& sum, const Lane& weighted,
                         const Online& logits) {
-  Buffer l_buffer, g_buffer, kl_buffer = {};
+  Buffer kl_buffer = {};
   const float temperature = static_cast<float>(1.0 / a.temperature);
   const View out = collapse(a.grad_logits);
   const float* of_kl = nullptr;
-  if (a.grad_kl) of_kl = read_chunk(collapse(a.grad_kl), sample * source.positions + position, n, kl_buffer);
+  if (a.grad_kl) of_kl = read_chunk(collapse(a.grad_kl), first, n, kl_buffer);
   for (int64_t k = 0; k < source.words; ++k) {
-    const float* l = of_kl ? source.read_logits(sample, k, position, n, l_buffer) : nullptr;
-    float* g = open_chunk(out, source.at(sample, k, position), n, g_buffer);
+    const float* l = of_kl ? reader.logits(k) : nullptr;
+    float* g = reader.open_gradient(out, k);
     for (int i = 0; i < n; i += kLanes) {
       Vf gradient = splat<Vf>(0.0f);
       if (by_y) {
@@ -122,18 +106,20 @@ void gradient_of_logits(const GumbelQuantizeArgs& a, const Source& source, int64
       }
       store(g + i, gradient);
     }
-    close_chunk(out, source.at(sample, k, position), n, g, g_buffer);
+    reader.close_gradient(out, k, g);
   }
+  reader.close_gradients(out);
 }
 
-void mix_of_block(const GumbelQuantizeArgs& a, const Table& table, int64_t sample, int64_t position, int n,
+void mix_of_block(const GumbelQuantizeArgs& a, const Table& table, const Reader& reader, int n,
                   const float* y, const Lane& sum, const Draw& drawn, float* mixed) {
   multiply({table.rows.get(), 1, table.pitch}, y, kHeld, table.pitch, kHeld, a.logits.shape[1], mixed, kHeld,
            false);
   const int64_t positions = a.logits.shape[2];
   for (int64_t d = 0; d < table.dim; ++d) {
-    float* to = static_cast<float*>(a.mix.data) + (sample * table.dim + d) * positions + position;
-    for (int i = 0; i < n; ++i) to[i] = mixed[d * kHeld + i] / sum[i] + drawn.doubt[i];
+    float* to = static_cast<float*>(a.mix.data) + d * positions;
+    for (int i = 0; i < n; ++i)
+      to[reader.place(table.dim, i)] = mixed[d * kHeld + i] / sum[i] + drawn.doubt[i];
   }
 }
 
@@ -142,12 +128,13 @@ void mix_of_block(const GumbelQuantizeArgs& a, const Table& table, int64_t sampl
 void gumbel_forward(const GumbelQuantizeArgs& a) {
   const Source source(a);
   const bool mix = static_cast<bool>(a.mix);
-  const Blocks blocks(a.logits, mix ? kHeld : kDrawn);
+  const Blocks blocks(source, a.logits.shape[0], mix ? kHeld : kDrawn);
   const Table table(mix ? a.codebook : View{nullptr, DType::kFloat32, 2});
   const double log_words = std::log(static_cast<double>(source.words));
   const float scale = static_cast<float>(1.0 / a.temperature);
 #pragma omp parallel if (large(a))
   {
+    Reader reader(source, mix ? GumbelForm::kGumbels : GumbelForm::kWords);
     Draw drawn;
     Online logits;
     Lane sum, unused;
@@ -156,7 +143,8 @@ void gumbel_forward(const GumbelQuantizeArgs& a) {
     for (int64_t b = 0; b < blocks.count; ++b) {
       const int64_t sample = blocks.sample(b), position = blocks.first(b);
       const int n = blocks.size(b);
-      draw(source, sample, position, n, drawn, a.kl ? &logits : nullptr, mix ? y.get() : nullptr);
+      reader.open(sample, position, n, true);
+      draw(source, reader, n, drawn, a.kl ? &logits : nullptr, mix ? y.get() : nullptr);
       for (int i = 0; i < n; ++i) {
         const int64_t at = sample * source.positions + position + i;
         static_cast<int64_t*>(a.indices.data)[at] = drawn.doubt[i] == 0.0f ? drawn.index[i] : -1;
@@ -164,14 +152,14 @@ void gumbel_forward(const GumbelQuantizeArgs& a) {
       }
       if (!mix) continue;
       weigh(source.words, n, drawn.largest, scale, nullptr, y.get(), sum, unused);
-      mix_of_block(a, table, sample, position, n, y.get(), sum, drawn, mixed.get());
+      mix_of_block(a, table, reader, n, y.get(), sum, drawn, mixed.get());
     }
   }
 }
 
 void gumbel_backward(const GumbelQuantizeArgs& a) {
   const Source source(a);
-  const Blocks blocks(a.logits, kHeld);
+  const Blocks blocks(source, a.logits.shape[0], kHeld);
   const bool by_mix = static_cast<bool>(a.grad_mix), by_codebook = by_mix && a.grad_codebook;
   const Table table(by_mix ? a.codebook : View{nullptr, DType::kFloat32, 2});
   const View grad_mix = by_mix ? collapse(a.grad_mix) : View{};
@@ -180,10 +168,10 @@ void gumbel_backward(const GumbelQuantizeArgs& a) {
   const int64_t chunk = (blocks.count + 63) / 64;
 #pragma omp parallel if (large(a))
   {
+    Reader reader(source, GumbelForm::kGumbels);
     Draw drawn;
     Online logits;
     Lane sum, weighted;
-    Buffer buffer;
     Scratch<float> y(by_mix ? table.padded * kHeld : 0, 0.0f), by_y(y.size());
     Scratch<float> gradient(by_mix ? table.dim * kHeld : 0, 0.0f),
         turned(by_codebook ? kHeld * table.pitch : 0, 0.0f);
@@ -194,21 +182,18 @@ void gumbel_backward(const GumbelQuantizeArgs& a) {
       for (int64_t b = from; b < from + chunk && b < blocks.count; ++b) {
         const int64_t sample = blocks.sample(b), position = blocks.first(b);
         const int n = blocks.size(b);
+        reader.open(sample, position, n, by_mix);
         if (by_mix) {
-          for (int64_t d = 0; d < table.dim; ++d) {
-            const float* g =
-                read_chunk(grad_mix, (sample * table.dim + d) * source.positions + position, n, buffer);
-            for (int i = 0; i < n; ++i) gradient[d * kHeld + i] = g[i];
-          }
-          draw(source, sample, position, n, drawn, nullptr, y.get());
+          reader.gather(grad_mix, table.dim, gradient.get());
+          draw(source, reader, n, drawn, nullptr, y.get());
           multiply({table.rows.get(), table.pitch, 1}, gradient.get(), kHeld, table.padded, kHeld, table.dim,
                    by_y.get(), kHeld, false);
           weigh(source.words, n, drawn.largest, scale, by_y.get(), y.get(), sum, weighted);
         }
         if (a.grad_logits) {
-          if (a.grad_kl) sum_logits(source, sample, position, n, logits);
-          gradient_of_logits(a, source, sample, position, n, y.get(), by_mix ? by_y.get() : nullptr, sum,
-                             weighted, logits);
+          if (a.grad_kl) sum_logits(source, reader, n, logits);
+          gradient_of_logits(a, source, reader, sample * source.positions + position, n, y.get(),
+                             by_mix ? by_y.get() : nullptr, sum, weighted, logits);
         }
         if (!by_codebook) continue;
         for (int i = 0; i < n; ++i)

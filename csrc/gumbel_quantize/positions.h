@@ -1,13 +1,11 @@
-// Logits and noise of some positions of one sample, codeword by codeword.
+// Sums over the codewords of some positions, and draws from them.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
-#include "../common/philox_cpu.h"
-#include "../common/scratch.h"
 #include "../soft_assignment/statistics.h"
-#include "gumbel_quantize.h"
+#include "reader.h"
 
 namespace genperf {
 namespace GENPERF_ISA {
@@ -15,8 +13,6 @@ namespace {
 
 // Positions that are drawn at a time: long runs in memory, whose sums stay in the first-level cache.
 constexpr int kDrawn = 256;
-// Positions whose values for all codewords are held at a time.
-constexpr int kHeld = 64;
 constexpr int64_t kPart = 64;  // codewords whose sums are made before they are added to others
 
 // A number for each position.
@@ -25,35 +21,6 @@ using Lane = float[kDrawn];
 inline void fill(Lane& lane, float value) {
   for (float& x : lane) x = value;
 }
-
-struct Source {
-  const int64_t words, positions;
-  const View logits, noise, key;
-  const bool by_sample;
-
-  explicit Source(const GumbelQuantizeArgs& a)
-      : words(a.logits.shape[1]),
-        positions(a.logits.shape[2]),
-        logits(collapse(a.logits)),
-        noise(a.noise ? collapse(a.noise) : a.noise),
-        key(a.key),
-        by_sample(a.key && a.key.ndim == 2) {}
-
-  int64_t at(int64_t sample, int64_t word, int64_t position) const {
-    return (sample * words + word) * positions + position;
-  }
-
-  // Of `n` positions from `position`, readable up to padded(n).
-  const float* read_logits(int64_t sample, int64_t word, int64_t position, int n, Buffer& buffer) const {
-    return read_chunk(logits, at(sample, word, position), n, buffer);
-  }
-
-  const float* read_noise(int64_t sample, int64_t word, int64_t position, int n, PhiloxBuffer& buffer) const {
-    const int64_t element = at(by_sample ? 0 : sample, word, position);
-    if (key) return philox_chunk<Distribution::kGumbel>(philox_key(key, sample), element, n, buffer);
-    return read_chunk(noise, element, n, reinterpret_cast<Buffer&>(buffer));
-  }
-};
 
 // The noisy logit; the largest finite number where noise is infinite.
 GENPERF_HD Vf noisy(Vf logit, Vf noise) {
@@ -76,8 +43,20 @@ struct Draw {
     const Vi better = z > most;
     store(largest + i, select(better, z, most));
     store(index + i, select(better, splat<Vi>(word), load(index + i)));
-    store(doubt + i, load(doubt + i) + not_infinite(z) * 0.0f);
+    look(i, z);
   }
+
+  // The same of a logit and words of noise. Rounding is monotonic: where the sum with a bound of the variate
+  // is not more, nor is that with the variate.
+  void take_words(int i, Vf logit, const float* words, int32_t word) {
+    const Vu bits = (Vu)load(words + i);
+    if (any_of(logit + gumbel_bound<Vf>(bits) > load(largest + i)))
+      take(i, noisy(logit, gumbel_from_bits<Vf>(bits)), word);
+    look(i, select(logit > kFloatMax, splat<Vf>(kFloatMax), logit));
+  }
+
+ private:
+  void look(int i, Vf x) { store(doubt + i, load(doubt + i) + not_infinite(x) * 0.0f); }
 };
 
 // Of each position, sums of exp(x - largest) over the codewords as they come, and of these times x - largest.
@@ -93,7 +72,7 @@ struct Online {
   void take(int i, Vf x) {
     Vf most = load(largest + i);
     const Vi above = x > most;
-    if (any(above)) {
+    if (any_of(above)) {
       const Vf next = select(above, x, most);
       const Vf less = select(above, not_infinite(most - next), splat<Vf>(0.0f)),
                factor = exp_of_negative(less);
@@ -118,16 +97,6 @@ struct Online {
   }
 
  private:
-  static bool any(Vi mask) {
-    Vi::Native all = mask.part[0];
-    for (int i = 1; i < kParts; ++i) all |= mask.part[i];
-    int32_t lane[kNativeBytes / 4];
-    std::memcpy(lane, &all, sizeof all);
-    int32_t bits = 0;
-    for (int32_t l : lane) bits |= l;
-    return bits != 0;
-  }
-
   static void rescale(int i, Vf less, Vf factor, Lane& sum, Lane& moment) {
     const Vf old = load(sum + i);
     store(moment + i, (load(moment + i) + less * old) * factor);

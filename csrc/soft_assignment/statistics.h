@@ -1,7 +1,7 @@
 // The scores of a block of vectors, and sums over each vector's codewords.
 #pragma once
 
-#include "../common/math.h"
+#include "../common/exp_of_negative.h"
 #include "words.h"
 
 namespace genperf {
@@ -10,15 +10,6 @@ namespace {
 
 constexpr float kLeast = 1e-4f;        // distance of which the Euclidean score is taken
 constexpr int64_t kSegment = 64 * 16;  // terms whose sum is made before it is added to others
-
-// e^x for x <= 0, less than 2^-125 being 0; NaN stays NaN.
-GENPERF_HD Vf exp_of_negative(Vf x) {
-  const Vi small = x < -86.0f;
-  return select(small, splat<Vf>(0.0f), exp_bounded(select(small, splat<Vf>(-86.0f), x)));
-}
-
-// x, and -200 where it is less, of which exp is 0 either way; so that its product with 0 is 0.
-GENPERF_HD Vf not_infinite(Vf x) { return select(x < -200.0f, splat<Vf>(-200.0f), x); }
 
 inline double total(Vf x) {
   alignas(64) float lane[kLanes];

@@ -193,7 +193,8 @@ def gumbel_quantize(
     Conventions of public code: taming-transformers' loss is ``kl_weight * kl.mean()``; DALL-E's of
     dalle-pytorch is ``kl_div_loss_weight * kl.sum() / B``.
 
-    On the CPU the positions are the vector lanes: an image's are fast, a single position is not.
+    On the CPU the positions are the vector lanes, those of several samples together where a sample has few: a
+    batch of vectors is fast, a single position is not.
 
     Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton``, ``reference``. There is no CUDA C++ kernel:
     reading the logits once is what bounds it, and Triton does that.

@@ -56,6 +56,22 @@ def _refuses(x: Tensor, *_: Any) -> str | None:
     return f"{max(x.shape)} classes, below 2^31" if max(x.shape) >= 2**31 else None
 
 
+def _triton(*args):
+    from genperf.kernels.gumbel_softmax import gumbel_softmax
+
+    return gumbel_softmax(*args)
+
+
+def _triton_backward(*args):
+    from genperf.kernels.gumbel_softmax import gumbel_softmax_backward
+
+    return gumbel_softmax_backward(*args)
+
+
+def _refuses_triton(x: Tensor, *_: Any) -> str | None:
+    return None if x.dtype in _NATIVE_DTYPES else f"{x.dtype} is left to the reference"
+
+
 _op = Operator(
     "gumbel_softmax",
     "(Tensor logits, Tensor? noise, Tensor? key, float tau, bool hard, int dim) -> Tensor",
@@ -63,6 +79,7 @@ _op = Operator(
     _output,
 )
 _op.implement("cpu", _cpu, _refuses)
+_op.implement("triton", _triton, _refuses_triton)
 _backward_op = Operator(
     "gumbel_softmax_backward",
     "(Tensor grad, Tensor? y, Tensor? logits, Tensor? noise, Tensor? key, float tau, int dim) -> Tensor",
@@ -70,6 +87,7 @@ _backward_op = Operator(
     _output,
 )
 _backward_op.implement("cpu", _cpu_backward, _refuses)
+_backward_op.implement("triton", _triton_backward, _refuses_triton)
 
 
 class _GumbelSoftmax(torch.autograd.Function):
@@ -118,7 +136,8 @@ def gumbel_softmax(
 
     Backward of a backward differentiates the formulas in torch.
 
-    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``reference``.
+    Backends: ``cpu`` (baseline, AVX2, AVX-512), ``triton``, ``reference``. There is no CUDA C++ kernel:
+    reading and writing rows is what bounds it, and Triton does that.
 
     Args:
         logits: any shape of at least one dimension, any strides. float32, float16, bfloat16, or float64 (by

@@ -111,7 +111,7 @@ def _run(logits, codebook, temperature, hard, cotangents, backend, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("shape", "dim", "temperature"),
-    [((3, 300, 20, 15), 40, 1.0), ((1, 3000, 9), 8, 0.1), ((2, 65, 300), 130, 1.0)],
+    [((3, 300, 20, 15), 40, 1.0), ((1, 3000, 9), 8, 0.1), ((2, 65, 300), 130, 1.0), ((70, 65, 3), 9, 1.0)],
 )
 @hard_or_mixed
 def test_accuracy(hard, shape, dim, temperature, dtype):
@@ -169,7 +169,7 @@ def test_noise_of_given_words():
 def test_noise_of_the_kernels(backend):
     """The same bits as the reference: a draw and its mix at once, for every element of odd shapes."""
     skip_if_missing(backend)
-    for shape in ((3, 5, 7), (2, 66, 70), (1, 3, 601)):
+    for shape in ((3, 5, 7), (2, 66, 70), (1, 3, 601), (130, 67, 1)):
         logits, codebook = torch.zeros(shape), torch.eye(shape[1])
         for key in (torch.tensor([5, 8]), torch.arange(2 * shape[0]).view(-1, 2)):
             noise = reference_gumbels(shape, key)
@@ -207,6 +207,24 @@ def test_torch_rng_is_that_of_gumbel_softmax(hard, dtype):
         out.quantized, theirs, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-3
     )
     assert torch.equal(out.indices, theirs.argmax(1))
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    """Also where positions of several samples are computed together."""
+    for shape in ((70, 33, 1), (40, 200, 3), (3, 40, 35)):
+        logits, codebook = normals(shape, "l"), normals((shape[1], 6), "c")
+        keys = torch.arange(2 * shape[0]).view(-1, 2)
+        weights = [normals((shape[0], 6, shape[2]), 1), normals((shape[0], shape[2]), 2)]
+
+        def results(rows, hard):
+            x = logits[rows].requires_grad_()  # noqa: B023
+            out = gumbel_quantize(x, codebook, 0.8, hard, key=keys[rows])  # noqa: B023
+            grads = torch.autograd.grad([out.quantized, out.kl], x, [w[rows] for w in weights])  # noqa: B023
+            return out.quantized.detach(), out.kl.detach(), out.indices, *grads
+
+        for hard in (True, False):
+            every, some = results(slice(None), hard), results(slice(1, 3), hard)
+            assert all(torch.equal(a[1:3], b) for a, b in zip(every, some, strict=True))
 
 
 def test_generators():

@@ -43,8 +43,8 @@ def gumbels(shape, *seed):
 
 
 CASES = (
-    _case("hard", True),
-    _case("soft, dim=1", False, dim=1),
+    _case("hard", True, triton=True),
+    _case("soft, dim=1", False, tau=2.0, dim=1, triton=True),
     _case("soft, given noise", False, tau=2.0, with_noise=True),
     _case("hard, dim=1, keys", True, tau=2.0, dim=1, keys=True),
 )

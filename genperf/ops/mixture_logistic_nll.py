@@ -26,6 +26,7 @@ from genperf.ops._mixture_logistic_reference import reference, reference_backwar
 
 __all__ = ["mixture_logistic_nll"]
 
+_compiling = torch.compiler.is_dynamo_compiling
 _NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OP = "mixture_logistic_nll"
 
@@ -189,7 +190,7 @@ def _at_once(params: Tensor, x: Tensor) -> bool:
         and params.dtype == torch.float32
         and params.requires_grad
         and not x.requires_grad
-        and not torch.compiler.is_dynamo_compiling()
+        and not _compiling()
         and _backend.forced() in (None, "cpu")
     )
 
@@ -268,6 +269,7 @@ def mixture_logistic_nll(
     params = channels_first(OP, "params", params, channel_dim)
     x = channels_first(OP, "x", x, channel_dim)
     mixtures = check_mixtures(OP, params, x.shape[1], mixtures)
-    settings = checked_settings(OP, mixtures, True, levels, convention, edge, min_log_scale, reduction)
+    check_settings = checked_settings.__wrapped__ if _compiling() else checked_settings
+    settings = check_settings(OP, mixtures, True, levels, convention, edge, min_log_scale, reduction)
     check_values(OP, x, params, check, convention == "nvae")
     return scaled(apply(params, x, settings), reduction, x)

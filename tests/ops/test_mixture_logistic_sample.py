@@ -67,6 +67,51 @@ def test_the_head_of_the_pixel_sampler_draws_the_same(mixtures, channels, backen
         torch.testing.assert_close(out * far, expected * far, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_logits_far_apart(temperature, backend):
+    """Weights that underflow or are subnormal, excluded mixtures, and a uniform that no sum may reach."""
+    params = parameters_of(2, 10, 1, 300)
+    params[:, :10] *= 60.0
+    params[0, :9, :40] = -torch.inf
+    noise = torch.rand(2, 300, 2, generator=torch.Generator().manual_seed(1))
+    noise[:, ::7, 0] = 1.0
+    out = mixture_logistic_sample(params, image_channels=1, noise=noise, temperature=temperature)
+    head = heads.LogisticMixture(10, 1).program(0, 1, 300)
+    flat = params.movedim(1, -1).reshape(600, 30)
+    expected = heads.draw(head, flat, noise.view(600, 2), temperature).view(2, 1, 300)
+    sure = heads.margin(head, flat, noise.view(600, 2), temperature).view(2, 1, 300) > 1e-6
+    assert out.isfinite().all()
+    sure[:, :, ::7] = False  # there rounding decides
+    assert sure.float().mean() > 0.8
+    torch.testing.assert_close(out * sure, expected * sure, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("space", [(1, 1), (7, 40)])
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_plain_call_takes_a_short_way(dim, space, dtype):
+    """Past torch's dispatcher, where nothing listens there: the same result."""
+    params = parameters_of(1, 10, 3, *space).to(dtype).movedim(1, dim).requires_grad_()
+
+    def run(**options):
+        torch.manual_seed(4)
+        return mixture_logistic_sample(params, channel_dim=dim, temperature=0.9, **options)
+
+    with genperf.backend("cpu"):
+        for options in ({}, {"key": torch.tensor([1, 2])}, {"convention": "nvae"}, {"mixtures": 10}):
+            out, explanation = run(**options), genperf.explain(run, **options)
+            assert [c.backend for c in explanation.choices if c.operator == "mixture_logistic_sample"] == [
+                "cpu"
+            ]
+            with torch.profiler.profile() as profile:
+                listened = run(**options)
+            assert any("mixture_logistic_sample" in event.key for event in profile.key_averages())
+            assert torch.equal(out, listened)
+            assert out.stride() == listened.stride()
+            assert out.dtype == dtype
+            assert not out.requires_grad
+
+
 def _draws(mixtures=10):
     """With a key, with keys and with the noise of public code."""
     params, grey = parameters_of(2, mixtures, 3, 4, 9), parameters_of(2, mixtures, 1, 15)

@@ -35,7 +35,7 @@ def _case(name, of_x=False, **options):
     )  # fmt: skip
 
 
-CASES = (_case("each"), _case("by sample", reduction="sample"), _case("sum", reduction="sum"))
+CASES = (_case("each"), _case("by sample", reduction="sample"))
 
 
 @pytest.mark.parametrize("reduction", ["none", "sample", "sum"])

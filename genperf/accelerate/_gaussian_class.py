@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genperf.accelerate._lazy import Lazy
+from genperf.accelerate._lazy import Lazy, kept_by
 from genperf.accelerate._logistic_probe import Unknown, on_this_device, values_of
 from genperf.nn._eager_sample import draw_noise
 from genperf.ops.gaussian_sample import gaussian_sample
@@ -83,13 +83,13 @@ def methods(cls: type, rng: str) -> dict[str, Callable[..., Any]]:
         Unknown: see :func:`check`.
     """
     check(cls)
-    signature = inspect.signature(cls)
+    values = values_of(inspect.signature(cls))
     theirs = {name: vars(cls)[name] for name in _METHODS}
     lazy = Lazy(cls, theirs["__init__"])
 
     @functools.wraps(theirs["sample"])
     def sample(self: Any) -> Any:
-        found = lazy.kept(self)
+        found = kept_by(self)
         if found is None:
             return theirs["sample"](self)
         z = _sample(found, rng)
@@ -97,14 +97,14 @@ def methods(cls: type, rng: str) -> dict[str, Callable[..., Any]]:
 
     @functools.wraps(theirs["kl"])
     def kl(self: Any, other: Any) -> Tensor:
-        mine = lazy.kept(self)
-        its = lazy.kept(other) if hasattr(other, "__dict__") else None
+        mine = kept_by(self)
+        its = kept_by(other)
         if mine is None or its is None or not _pair(mine, its):
             return theirs["kl"](self, other)
         return _kl(mine, its)
 
     return {
-        **lazy.methods(lambda args, kwargs: _prepared(values_of(signature, args, kwargs))),
+        **lazy.methods(lambda args, kwargs: _prepared(values(args, kwargs))),
         "sample": sample,
         "kl": kl,
     }

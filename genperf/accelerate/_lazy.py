@@ -11,6 +11,11 @@ import torch
 _PENDING, _KEPT = "_genperf_pending", "_genperf_kept"
 
 
+def kept_by(instance: Any) -> Any:
+    """What a kernel needs of an object, or None where the original has to run."""
+    return getattr(instance, "__dict__", {}).get(_KEPT)
+
+
 class Lazy:
     """A constructor that keeps its arguments, and what a kernel needs of them.
 
@@ -21,11 +26,6 @@ class Lazy:
 
     def __init__(self, cls: type, constructor: Callable[..., None]) -> None:
         self._cls, self._constructor = cls, constructor
-
-    @staticmethod
-    def kept(instance: Any) -> Any:
-        """What a kernel needs, or None where the original has to run."""
-        return vars(instance).get(_KEPT)
 
     def methods(
         self, prepare: Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -40,10 +40,12 @@ class Lazy:
 
         @functools.wraps(constructor)
         def init(instance: Any, *args: Any, **kwargs: Any) -> None:
-            try:
-                kept = prepare(args, kwargs)
-            except TypeError:  # the constructor itself will say what is wrong
-                kept = None
+            kept = None
+            if not torch.compiler.is_compiling():  # which could not follow what is late
+                try:
+                    kept = prepare(args, kwargs)
+                except TypeError:  # the constructor itself will say what is wrong
+                    kept = None
             if kept is None:
                 constructor(instance, *args, **kwargs)
                 return

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genperf.accelerate._lazy import Lazy
+from genperf.accelerate._lazy import Lazy, kept_by
 from genperf.accelerate._logistic_probe import Unknown, on_this_device, values_of
 from genperf.nn import DiscretizedLogistic, MixtureLogistic
 
@@ -119,16 +119,17 @@ def methods(cls: type, rng: str) -> dict[str, Callable[..., Any]]:
         Unknown: see :func:`recognised`.
     """
     form = recognised(cls)
-    signature = inspect.signature(cls)
+    values = values_of(inspect.signature(cls))
     low, high = _RANGES[form.convention]
+    mixture = form.mixture  # torch.compile takes functions that hold numbers, not ones that hold objects
     original = {name: vars(cls)[name] for name in ("__init__", "log_prob")}
     lazy = Lazy(cls, original["__init__"])
 
     def log_prob(self: Any, samples: Tensor) -> Tensor:
-        found = lazy.kept(self)
+        found = kept_by(self)
         if found is None or not isinstance(samples, Tensor) or samples.device != found.params.device:
             return original["log_prob"](self, samples)
-        channels = 3 if form.mixture else found.params.shape[1] // 2
+        channels = 3 if mixture else found.params.shape[1] // 2
         if samples.shape != (len(found.params), channels, *found.params.shape[2:]) or samples.numel() == 0:
             return original["log_prob"](self, samples)
         least, most = torch.aminmax(samples.detach())
@@ -140,22 +141,25 @@ def methods(cls: type, rng: str) -> dict[str, Callable[..., Any]]:
         return form.build(values, rng) if form.fits(values) else None
 
     made: dict[str, Callable[..., Any]] = {
-        **lazy.methods(lambda args, kwargs: prepared(values_of(signature, args, kwargs))),
+        **lazy.methods(lambda args, kwargs: prepared(values(args, kwargs))),
         "log_prob": functools.wraps(original["log_prob"])(log_prob),
     }
     if form.samples:
         theirs = vars(cls)["sample"]
 
+        def drawn(found: Any, temperature: float) -> Tensor:
+            return form.sample(found, temperature)
+
         @functools.wraps(theirs)
         def sample(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-            found = lazy.kept(self)
+            found = kept_by(self)
             given = [*args, *kwargs.values()]
             plain = len(given) <= 1 and all(type(t) in (int, float) and 1e-6 <= t <= 1e6 for t in given)
-            if (kwargs and not form.mixture) or found is None or not plain:
+            if (kwargs and not mixture) or found is None or not plain:
                 return theirs(self, *args, **kwargs)
             if torch.is_grad_enabled() and found.params.requires_grad:
                 return theirs(self, *args, **kwargs)
-            return form.sample(found, float(given[0]) if given else 1.0)
+            return drawn(found, float(given[0]) if given else 1.0)
 
         made["sample"] = sample
     return made
@@ -188,7 +192,7 @@ def _constructed(cls: type, form: Form, params: Tensor, bits: int | None = None)
     signature = inspect.signature(cls)
     names = list(signature.parameters)
     keywords = {names[i]: value for i, value in _arguments(form, params, bits).items()}
-    return cls(**keywords), values_of(signature, (), keywords)
+    return cls(**keywords), values_of(signature)((), keywords)
 
 
 def _same_log_prob(cls: type, form: Form, seed: int) -> bool:

@@ -66,7 +66,10 @@ class Form:
     def _count(self, params: Tensor) -> int:
         spatial = params.shape[2:] if self.params_dim == 1 else params.shape[1:-1]
         sizes = {"batch": len(params), "pixels": math.prod(spatial), "channels": self.channels}
-        return math.prod(sizes[name] for name in self.per)
+        count = 1
+        for name in self.per:
+            count *= sizes[name]
+        return count
 
     def fits(self, first: Any, second: Any) -> bool:
         """Whether these are tensors of which the loss can be taken by the kernel."""
@@ -75,10 +78,8 @@ class Form:
             return False
         if image.dim() != 4 or params.dim() != 4 or image.device != params.device:
             return False
-        space, other = (
-            t.shape[2:] if dim == 1 else t.shape[1:3]
-            for t, dim in ((image, self.image_dim), (params, self.params_dim))
-        )
+        space = image.shape[2:] if self.image_dim == 1 else image.shape[1:3]
+        other = params.shape[2:] if self.params_dim == 1 else params.shape[1:3]
         n_params = params.shape[self.params_dim]
         return (
             image.shape[self.image_dim] == self.channels
@@ -130,12 +131,12 @@ def recognised(function: FunctionType) -> Loss:
 def replacement(function: FunctionType, loss: Loss) -> Callable[..., Tensor]:
     """``function`` with the kernel; what it does not cover runs ``function``."""
     forms, dtypes = dict(loss.forms), dict(loss.dtypes)
-    signature = inspect.signature(function)
+    values = values_of(inspect.signature(function))
 
     @functools.wraps(function)
     def replaced(*args: Any, **kwargs: Any) -> Any:
         try:
-            (first, second, *others) = values_of(signature, args, kwargs)
+            (first, second, *others) = values(args, kwargs)
             form = forms.get(tuple(others))
         except (TypeError, ValueError):  # the function itself will say what is wrong
             return function(*args, **kwargs)

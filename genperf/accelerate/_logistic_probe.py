@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,14 +59,29 @@ def other_arguments(parameters: Sequence[inspect.Parameter]) -> Iterator[tuple[A
     yield from itertools.islice(itertools.product(*choices), _MOST_CHOICES)
 
 
-def values_of(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The values of all parameters in their order.
+def values_of(signature: inspect.Signature) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any]]:
+    """A function that gives the values of all parameters in their order, or raises TypeError.
 
-    Raises:
-        TypeError: they do not fit the signature.
+    It is :meth:`inspect.Signature.bind` for parameters that may all be positional, faster, and such that
+    torch.compile can follow it.
     """
-    if not kwargs and len(args) == len(signature.parameters):
-        return list(args)
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return list(bound.arguments.values())
+    names = tuple(signature.parameters)
+    defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
+
+    def values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        found = list(args)
+        for name in names[len(args) :]:
+            if name in kwargs:
+                found.append(kwargs[name])
+            elif name in defaults:
+                found.append(defaults[name])
+            else:
+                raise TypeError(f"missing argument {name!r}")
+        for name in kwargs:
+            if name not in names[len(args) :]:
+                raise TypeError(f"unexpected argument {name!r}")
+        if len(found) != len(names):
+            raise TypeError(f"{len(found)} arguments, expected {len(names)}")
+        return found
+
+    return values

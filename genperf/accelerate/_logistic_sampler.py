@@ -115,12 +115,12 @@ def recognised(function: FunctionType) -> Sampler:
 def replacement(function: FunctionType, sampler: Sampler, rng: str) -> Callable[..., Tensor]:
     """``function`` with the kernel; what it does not cover runs ``function``."""
     form, others, dtypes = sampler.form, sampler.others, sampler.dtypes
-    signature = inspect.signature(function)
+    values = values_of(inspect.signature(function))
 
     @functools.wraps(function)
     def replaced(*args: Any, **kwargs: Any) -> Any:
         try:
-            params, *more = values_of(signature, args, kwargs)
+            params, *more = values(args, kwargs)
         except TypeError:  # the function itself will say what is wrong
             return function(*args, **kwargs)
         mixtures = more.pop(0) if form.counted else None

@@ -133,6 +133,12 @@ class _Player(TorchDispatchMode):
             return args[0] * mask.to(args[0]) * scale, mask.to(result[1].device, copy=True)
         return result
 
+    def take_as(self, what: str, shape: torch.Size) -> Tensor:
+        """A draw that may have been made before dimensions were joined."""
+        if self.next < len(self.draws) and self.draws[self.next][1].numel() == shape.numel():
+            return self.take(what, self.draws[self.next][1].shape).reshape(shape)
+        return self.take(what, shape)
+
     def take_channels_first(self, what: str, params: Tensor) -> Tensor:
         """Uniforms for params [B, P, *], which were drawn as [B, C, *] or as [B, *, C]."""
         drawn = self.draws[self.next][1].shape if self.next < len(self.draws) else torch.Size()
@@ -162,7 +168,7 @@ class _Player(TorchDispatchMode):
         address = key.data_ptr()
         if address not in self.noise_of_key:  # a forward pass, which takes the mean, or the logits
             like = args[names.index("mean" if "mean" in names else "logits")]
-            noise = self.take(func._schema.name, like.shape).to(like)
+            noise = self.take_as(func._schema.name, like.shape).to(like)
             if self.draws[self.next - 1][0].startswith(
                 "exponential"
             ):  # of which public code makes Gumbel noise

@@ -208,3 +208,21 @@ def test_classes_sample_the_same(logistics, name, monkeypatch):
                 results.append((getattr(logistics, name)(params, *given).sample(*t), torch.get_rng_state()))
         torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=2e-6)
         assert torch.equal(results[0][1], results[1][1])
+
+
+def test_compiled(logistics):
+    image = torch.randint(256, (2, 3, 8, 8))
+    z, x = torch.randn(2, 16, 8, 8), image.movedim(1, -1) / 127.5 - 1
+    calls = [
+        (logistics.OutputNet(), lambda model: model.nll(z, x)),
+        (logistics.OutputNet(), lambda model: model.both(z.detach(), x)[1].detach()),
+        (logistics.HierarchicalVAE(), lambda model: model.loss(image / 255)),
+        (logistics.HierarchicalVAE(), lambda model: model(image / 255)[0].mean()),
+    ]
+    for model, call in calls:
+        genperf.accelerate(model)
+        results = []
+        for run in (call, torch.compile(call, backend="eager", fullgraph=True)):
+            torch.manual_seed(4)
+            results.append(run(model))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)

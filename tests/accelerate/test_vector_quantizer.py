@@ -343,10 +343,11 @@ def test_gumbel(quantizers, straight_through, training):
 
 def test_gumbel_with_its_own_noise(quantizers):
     model = build(quantizers, "GumbelQuantizer", {})
-    genperf.accelerate(model, rng="philox", strict=True)
+    report = genperf.accelerate(model, rng="philox", strict=True)
     z_q, diff, (_, _, indices) = model(torch.randn(2, 5, 7, 4))
     assert torch.equal(z_q, model.embed.weight[indices].permute(0, 3, 1, 2))
     assert diff.requires_grad
+    assert report.verify(torch.randn(2, 5, 7, 4), seconds=0)  # with the noise of the original
 
 
 def test_gumbel_of_other_probabilities_is_refused(quantizers):

@@ -30,21 +30,31 @@ int64_t panels_of_block(int64_t channels) {
 }
 
 // Panels that lie in the first-level cache, so that a tile of the matrix serves all of them, and a page of
-// each channel.
+// each channel. Of many channels one: two or three are not faster.
 int64_t panels_of_group(int64_t channels) {
-  const int64_t fit = 192 / channels;
-  return fit < 1 ? 1 : fit > 8 ? 8 : fit;
+  const int64_t fit = 384 / channels;
+  return fit < 4 ? 1 : fit > 8 ? 8 : fit;
 }
 
-// to = matrix * panels [count, C, 16], by way of `room` for as many.
-void mix(const Packed& matrix, const float* panels, int64_t panel, int64_t count, const float* add,
-         float* room, Field& to) {
-  if (float* const run = to.run(panel, count)) {
-    matrix.multiply(panels, count, add, run, to.pitch, kLanes);
+// to = matrix * panels [count, C, 16] of `from`, which is left in `panels`, by way of `room` for as many.
+void mix(const Packed& matrix, const Field& from, int64_t panel, int64_t count, const float* before,
+         float* panels, const float* after, float* room, Field& to) {
+  const float* const run = from.run(panel, count);
+  if (!run && count > 1 && from.has_runs()) {  // across the end of a sample: one by one
+    for (int64_t k = 0; k < count; ++k)
+      mix(matrix, from, panel + k, 1, before, panels + k * from.channels * kLanes, after, room, to);
     return;
   }
-  matrix.multiply(panels, count, add, room, kLanes, to.channels * kLanes);
-  to.write(panel, count, room);
+  float* const direct = to.run(panel, count);
+  const Target target =
+      direct ? Target{direct, to.pitch, kLanes, after} : Target{room, kLanes, to.channels * kLanes, after};
+  if (run) {
+    matrix.multiply(Source{run, from.pitch}, before, panels, count, target);
+  } else {
+    from.read(panel, count, before, panels);
+    matrix.multiply(panels, count, target);
+  }
+  if (!direct) to.write(panel, count, room);
 }
 
 // sums [C, pitch] += gradients times inputs, over `panels` panels of positions.
@@ -149,8 +159,8 @@ void invertible_forward(const InvertibleConv1x1Args& a) {
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < panels; first += group) {
       const int64_t count = panels - first < group ? panels - first : group;
-      from.read(first, count, mixing.before(a.inverse), input.get());
-      mix(packed, input.get(), first, count, mixing.after(a.inverse), room.get(), to);
+      mix(packed, from, first, count, mixing.before(a.inverse), input.get(), mixing.after(a.inverse),
+          room.get(), to);
     }
   }
 }
@@ -181,7 +191,7 @@ void invertible_backward(const InvertibleConv1x1Args& a) {
     const auto read_inputs = [&](int64_t first, int64_t count) {
       if (!reverse) return source.read(first, count, mixing.before(a.inverse), inputs.get());
       source.read(first, count, mixing.before(!a.inverse), room.get());
-      undo.multiply(room.get(), count, nullptr, inputs.get(), kLanes, size);
+      undo.multiply(room.get(), count, {inputs.get(), kLanes, size, nullptr});
       const float *add = mixing.after(!a.inverse), *x = inputs.get();
       for (int64_t i = 0; add && i < count * channels; ++i)
         store(room.get() + i * kLanes, load(x + i * kLanes) + add[i % channels]);
@@ -197,8 +207,10 @@ void invertible_backward(const InvertibleConv1x1Args& a) {
         for (int64_t k = 0; k < n; k += group) {
           const int64_t count = n - k < group ? n - k : group;
           float* const gradient = gradients.get() + k * size;
-          grad_y.read(begin + k, count, nullptr, gradient);
-          if (a.grad_x) mix(transposed, gradient, begin + k, count, nullptr, room.get(), grad_x);
+          if (a.grad_x)
+            mix(transposed, grad_y, begin + k, count, nullptr, gradient, nullptr, room.get(), grad_x);
+          else
+            grad_y.read(begin + k, count, nullptr, gradient);
           if (!sums_wanted) continue;
           for (int64_t j = 0; j < count; ++j)
             for (int64_t c = 0; c < channels; ++c) {

@@ -94,6 +94,7 @@ class Field {
 
   bool is_float() const { return dtype_ == DType::kFloat32; }
   bool channels_last() const { return pitch == 1 && is_float(); }
+  bool has_runs() const { return neighbours_ && is_float(); }
 
   // Where `count` panels begin whose positions all count and are neighbours in memory; null otherwise.
   float* run(int64_t panel, int64_t count) const {
@@ -106,7 +107,8 @@ class Field {
   void read(int64_t panel, int64_t count, const float* add, float* to) const {
     int64_t offset;
     if (!is_run(panel, count, offset)) {
-      for (int64_t k = 0; k < count; ++k) scattered(places(panel + k), add, to + k * channels * kLanes);
+      if (count == 1) return scattered(places(panel), add, to);
+      for (int64_t k = 0; k < count; ++k) read(panel + k, 1, add, to + k * channels * kLanes);
       return;
     }
     for (int64_t c = 0; c < channels; ++c, offset += pitch, to += kLanes)
@@ -135,7 +137,8 @@ class Field {
   void write(int64_t panel, int64_t count, const float* from) {
     int64_t offset;
     if (!is_run(panel, count, offset)) {
-      for (int64_t k = 0; k < count; ++k) scatter(places(panel + k), from + k * channels * kLanes);
+      if (count == 1) return scatter(places(panel), from);
+      for (int64_t k = 0; k < count; ++k) write(panel + k, 1, from + k * channels * kLanes);
       return;
     }
     for (int64_t c = 0; c < channels; ++c, offset += pitch, from += kLanes)

@@ -1,4 +1,5 @@
 #include "../common/binding.h"
+#include "direct.h"
 #include "invertible_conv1x1.h"
 #include "plu.h"
 
@@ -37,6 +38,7 @@ PluArgs plu_backward(View matrix, View p, View lower, View upper, View sign, Vie
 
 const RegisterBinder binder([](pybind11::module_& cpu, pybind11::module_*) {
   cpu.def("invertible_conv1x1_forward", on_cpu(forward, invertible_conv1x1_forward_cpu));
+  def_raw<forward_direct>(cpu, "invertible_conv1x1_direct");
   cpu.def("invertible_conv1x1_backward", on_cpu(backward, invertible_conv1x1_backward_cpu));
   cpu.def("plu_matrix", on_cpu(plu, plu_matrix_cpu));
   cpu.def("plu_matrix_backward", on_cpu(plu_backward, plu_matrix_backward_cpu));

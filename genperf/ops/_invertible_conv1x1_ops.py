@@ -116,7 +116,9 @@ forward_op = Operator(
     reference,
     _outputs,
 )
-forward_op.implement("cpu", _cpu, _refuses)
+forward_op.implement(
+    "cpu", _cpu, _refuses, direct=_backend.native.cpu.invertible_conv1x1_direct if _backend.native else None
+)
 forward_op.implement("triton", _triton, _refuses)
 backward_op = Operator(
     "invertible_conv1x1_backward",

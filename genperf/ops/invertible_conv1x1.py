@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 
+_compiling = torch.compiler.is_dynamo_compiling
+
+
 class InvertibleConv1x1(NamedTuple):
     """Results of :func:`invertible_conv1x1`."""
 
@@ -225,6 +228,13 @@ def invertible_conv1x1(
         ValueError: for shapes, devices or (on the CPU) lengths that do not fit; the message says which.
         RuntimeError: if a backend was forced that cannot run.
     """
+    if (
+        lengths is None and channel_dim == 1
+        and not _compiling() and (direct := forward_op.direct("cpu")) is not None
+    ):  # fmt: skip
+        results = direct(InvertibleConv1x1, x, weight, shift, scale, log_scale, slogdet, inverse)
+        if results is not NotImplemented:
+            return results
     a = check("invertible_conv1x1", "x", x, weight, shift, scale, log_scale, lengths, channel_dim)
     settings = a.shift, a.scale, a.lengths, a.log, bool(inverse)
     if slogdet is None and not isinstance(a.weight, PLU):

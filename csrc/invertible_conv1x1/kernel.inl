@@ -49,7 +49,7 @@ void mix(const Packed& matrix, const Field& from, int64_t panel, int64_t count, 
   const Target target =
       direct ? Target{direct, to.pitch, kLanes, after} : Target{room, kLanes, to.channels * kLanes, after};
   if (run) {
-    matrix.multiply(Source{run, from.pitch}, before, panels, count, target);
+    matrix.multiply(Source{run, from.pitch, from.run(panel + count, count)}, before, panels, count, target);
   } else {
     from.read(panel, count, before, panels);
     matrix.multiply(panels, count, target);

@@ -37,6 +37,13 @@ GENPERF_HD void with_rows(int64_t rows, Function f) {
 struct Source {
   const float* data;
   int64_t pitch;
+  const float* next;  // where as many panels begin that are read after these; may be null
+
+  // Row l of panel k of those, to the second-level cache: rows in many pages are more than a processor
+  // looks ahead by itself.
+  GENPERF_HD void prefetch(int64_t k, int64_t l) const {
+    if (next) __builtin_prefetch(next + l * pitch + k * kLanes, 0, 2);
+  }
 };
 
 // Where products go: rows of 16, `pitch` floats apart, those of the next panel `step` further. `add` is added
@@ -78,13 +85,15 @@ class Packed {
  private:
   // How a tile comes by the next row of its panel. at(k, l): from row l of panel k on.
   struct AsPanel {
+    GENPERF_HD void prefetch(int64_t, int64_t) const {}
     GENPERF_HD AsPanel at(int64_t, int64_t) const { return {}; }
     GENPERF_HD Vf next(const float* row) { return load(row); }
   };
   struct Plain {
     Source from;
+    GENPERF_HD void prefetch(int64_t k, int64_t l) const { from.prefetch(k, l); }
     GENPERF_HD Plain at(int64_t k, int64_t l) const {
-      return {{from.data + l * from.pitch + k * kLanes, from.pitch}};
+      return {{from.data + l * from.pitch + k * kLanes, from.pitch, nullptr}};
     }
     GENPERF_HD Vf next(float* row) {
       const Vf x = load(from.data);
@@ -96,8 +105,9 @@ class Packed {
   struct Shifted {
     Source from;
     const float* before;
+    GENPERF_HD void prefetch(int64_t k, int64_t l) const { from.prefetch(k, l); }
     GENPERF_HD Shifted at(int64_t k, int64_t l) const {
-      return {{from.data + l * from.pitch + k * kLanes, from.pitch}, before + l};
+      return {{from.data + l * from.pitch + k * kLanes, from.pitch, nullptr}, before + l};
     }
     GENPERF_HD Vf next(float* row) {
       const Vf x = load(from.data) + *before++;
@@ -141,9 +151,12 @@ class Packed {
           tile<kRows, kAdds>(read.at(k, l), a, depth, panels + k * size * kLanes, more, add_here,
                              out + k * to.step, to.pitch);
       else
-        for (int64_t k = 0; k < count; ++k)
+        for (int64_t k = 0; k < count; ++k) {
+          if (!more)
+            for (int r = 0; r < kRows; ++r) read.prefetch(k, i + r);
           tile<kRows, kAdds>(AsPanel{}, a, depth, panels + k * size * kLanes, more, add_here,
                              out + k * to.step, to.pitch);
+        }
     }
   }
 

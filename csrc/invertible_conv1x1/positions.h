@@ -157,7 +157,8 @@ class Field {
                   at = panel * kLanes - sample * positions_.of_sample;
     offset = sample * of_sample_ + at;
     const int64_t end = at + count * kLanes;
-    return neighbours_ && end <= positions_.of_sample && end <= positions_.live(sample);
+    return neighbours_ && sample < positions_.samples && end <= positions_.of_sample &&
+           end <= positions_.live(sample);
   }
 
   Places places(int64_t panel) const {

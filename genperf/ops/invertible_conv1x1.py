@@ -229,7 +229,7 @@ def invertible_conv1x1(
         RuntimeError: if a backend was forced that cannot run.
     """
     if (
-        lengths is None and channel_dim == 1
+        lengths is None and type(channel_dim) is int and channel_dim == 1
         and not _compiling() and (direct := forward_op.direct("cpu")) is not None
     ):  # fmt: skip
         results = direct(InvertibleConv1x1, x, weight, shift, scale, log_scale, slogdet, inverse)

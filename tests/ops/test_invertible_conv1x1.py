@@ -11,7 +11,9 @@ from genperf_testing.cases import Case, normals
 from genperf_testing.contract import threads
 
 import genperf
+from genperf import _backend
 from genperf.ops import PLU, invertible_conv1x1, invertible_conv1x1_reverse, slogdet_inverse
+from genperf.ops._invertible_conv1x1_ops import forward_op
 
 EPSILON = torch.finfo(torch.float32).eps
 
@@ -601,6 +603,30 @@ def test_backends():
     choice = genperf.explain(invertible_conv1x1, x.double(), weight.double()).choices[-1]
     assert choice.operator == "invertible_conv1x1"
     assert choice.backend == "reference"
+
+
+@pytest.mark.skipif(_backend.native is None, reason="no extension module")
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("kind", ["dense", "transposed", "given", "plu"])
+def test_one_native_call_without_gradient(kind, inverse, monkeypatch):
+    weight = plu_of(5) if kind == "plu" else matrix_of(5)
+    if kind == "transposed":
+        weight = weight[..., None].transpose(0, 1)
+    shift, scale = (t.view(1, -1, 1) for t in parameters_of(5))
+    leaf = normals((3, 5, 21)).requires_grad_()
+
+    def function(x):
+        given = slogdet_inverse(weight) if kind == "given" else None
+        return invertible_conv1x1(x, weight, shift=shift, scale=scale, slogdet=given, inverse=inverse)
+
+    step_by_step = function(leaf)
+    assert step_by_step.output.requires_grad
+    monkeypatch.setattr(forward_op, "run", None)
+    for x in (leaf.detach(), torch.nn.Parameter(leaf.detach())):
+        with torch.no_grad():
+            assert all(map(torch.equal, function(x), step_by_step))
+    with pytest.raises(TypeError):
+        function(leaf)
 
 
 X, W, LENGTHS = torch.zeros(2, 3, 6), torch.eye(3), torch.tensor([6, 0])

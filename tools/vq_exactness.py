@@ -101,17 +101,21 @@ def _mostly_far(rows: int, codewords: int, dim: int) -> Data:
 
 
 KINDS = {
-    "gaussian": Kind(_gaussian, 0.3),
+    "gaussian": Kind(_gaussian, 0.2),
     "gaussian, 64 dimensions": Kind(_gaussian, 0.02, 512, 64),
     "k-means": Kind(_k_means, 0.2),
+    "k-means, 32 dimensions": Kind(_k_means, 0.06, 256, 32),
     "VQGAN initialisation": Kind(_vqgan, 0.008, 16384, 8),
     "VQGAN initialisation, 256 dimensions": Kind(_vqgan, 0.0003, 16384, 256),
     "offset 30": Kind(_offset, 0.15),
+    "offset 30, 100 dimensions": Kind(_offset, 0.03, 256, 100),
     "tiny": Kind(_scaled(1e-30), 0.1),
     "huge": Kind(_scaled(1e18), 0.1),
     "duplicates": Kind(_duplicates, 0.1),
     "an ulp apart": Kind(_an_ulp_apart, 0.01, 64),
+    "an ulp apart, 32 dimensions": Kind(_an_ulp_apart, 0.002, 64, 32),
     "a far codeword": Kind(_a_far_codeword, 0.0107),
+    "a far codeword, 32 dimensions": Kind(_a_far_codeword, 0.008, 256, 32),
     "mostly far codewords": Kind(_mostly_far, 0.001, 1024, 64),
 }
 

@@ -1,12 +1,16 @@
 // The search for the candidates of a block of vectors.
 //
 // One loop does nearly all the arithmetic: the scores of kTile vectors with a panel of kWidth codewords, as
-// sums of products in registers. Of these only the maxima of groups of codewords, those that share a lane of
-// a native vector, are stored. Every kHeld panels the best of a vector's maxima raises its threshold, and the
-// few groups that reach this are kept as candidates: no branch depends on a score but for these.
+// sums of products in registers (floats.h, bytes.h). Of these only the maxima of groups of codewords, those
+// that share a lane of a native vector, are stored. Every kHeld panels the best of a vector's maxima raises
+// its threshold, and the few groups that reach this are kept as candidates: no branch depends on a score but
+// for these.
 #pragma once
 
+#include "bytes.h"
+#include "floats.h"
 #include "rank.h"
+#include "worth.h"
 
 namespace genperf {
 namespace GENPERF_ISA {
@@ -14,35 +18,57 @@ namespace vq {
 
 struct BatchProbe;  // of the tests
 
-inline constexpr int kRows = 16 * 6;             // vectors of a block at most; a multiple of every kTile
-inline constexpr int64_t kHeld = 32;             // panels whose maxima are held
-inline constexpr int64_t kTileFloats = 1 << 15;  // of the vectors of a block
+inline constexpr int kRows = 16 * 6;           // vectors of a block at most; a multiple of every kTile
+inline constexpr int64_t kMarks = kRows / 32;  // words of a bit for each vector of a block
 inline constexpr float kLeast = -std::numeric_limits<float>::max();
 
+// To `list`, the vectors of the block from `first` that `left` names; how many.
+inline int64_t list_left(const uint32_t* left, int64_t first, int64_t* list) {
+  int64_t n = 0;
+  for (int64_t w = 0; w < kMarks; ++w)
+    for (uint32_t bits = left[w]; bits != 0; bits &= bits - 1)
+      list[n++] = first + 32 * w + __builtin_ctz(bits);
+  return n;
+}
+
 // The vectors of one block while the codebook passes by.
+template <class Scores>
 class Batch {
  public:
-  Batch(const VqSearch& a, const Codebook& book)
+  using Packed = typename Scores::Packed;
+
+  Batch(const VqSearch& a, const Packed& words)
       : a_(a),
-        book_(book),
-        rows_(static_cast<int>(std::clamp<int64_t>(kTileFloats / a.dim / kTile * kTile, 4 * kTile, kRows))),
-        pitch_(book.pitch()),
-        product_error_(book.product_error()),
-        of_half_(a.metric == Metric::kL2 ? 0.5 * book.half_error() : 0.0),
-        most_hits_(static_cast<int>(32 + 2 * a.k)),
+        words_(words),
+        book_(words.book),
+        rows_(static_cast<int>(rows_of(a.dim))),
+        pitch_(book_.pitch()),
+        of_half_(a.metric == Metric::kL2 ? 0.5 * book_.half_error() : 0.0),
+        most_hits_(static_cast<int>(Scores::kMostHits + 2 * a.k)),
+        scores_(words, rows_),
         raw_(rows_ * pitch_),
-        packed_(rows_ * a.dim, 0.0f),
-        sums_(a.dim > Codebook::kDepth ? rows_ * kWidth : 0),
         best_(a.k > 1 ? rows_ * a.k : 0),
-        hits_(rows_ * most_hits_) {}
+        hits_(rows_ * most_hits_) {
+    if (Scores::kRough && a.metric != Metric::kL2) centre_norm_ = std::sqrt(with_centre(book_.centre.get()));
+  }
 
-  int rows() const { return rows_; }
+  static int64_t rows_of(int64_t dim) {
+    return std::clamp<int64_t>(Scores::rows(dim) / kTile * kTile, 4 * kTile, kRows);
+  }
 
-  // Reads the vectors from `first`, and forgets what was found for others.
-  void open(const Rows& x, int64_t first) {
-    first_ = first;
-    n_ = static_cast<int>(std::min<int64_t>(rows_, a_.n - first));
-    x.read(first, n_, raw_.get(), pitch_);
+  // Reads the vectors [first, first + n), or those that are named in `list` at these places, and forgets what
+  // was found for others. Where `worth` does not hold, they are left.
+  void open(const Rows& x, int64_t first, int n, const int64_t* list = nullptr,
+            const Worth* worth = nullptr) {
+    size_ = n, first_ = first, list_ = list ? list + first : nullptr;
+    n_ = worth && !worth->holds() ? 0 : n;
+    if (n_ == 0) return;
+    for (int r = 0; r < n;) {
+      int end = list ? r + 1 : n;
+      while (end < n && row(end) == row(end - 1) + 1) ++end;
+      x.read(row(r), end - r, raw_.get() + r * pitch_, pitch_);
+      r = end;
+    }
     for (int r = 0; r < n_; ++r) {
       count_[r] = 0;
       threshold_[r] = kLeast;
@@ -63,24 +89,45 @@ class Batch {
 
   static constexpr int64_t maxima_floats() { return kRows * kMaximaPitch; }
 
-  void close(Ranking& ranking) {
+  // Ranks the candidates of each vector. Where there were too many, the whole codebook is ranked, or, with
+  // `worth`, the vector is named by `left`, a bit for each.
+  void close(Ranking& ranking, Worth* worth = nullptr, uint32_t* left = nullptr) {
+    for (int r = n_; r < size_; ++r) left[r / 32] |= 1u << r % 32;
+    int64_t ranked = 0, passed = 0;
     for (int r = 0; r < n_; ++r) {
-      ranking.rank(first_ + r, raw_.get() + r * pitch_, kind_[r], [&] {
-        for (int i = 0; i < count_[r]; ++i) {
-          const Hit hit = hits_[r * most_hits_ + i];
-          if (hit.score >= threshold_[r]) add_group(ranking, hit.group);
-        }
-      });
+      if (worth && kind_[r] == Kind::kAll)
+        left[r / 32] |= 1u << r % 32, ++passed;
+      else
+        ranking.rank(row(r), raw_.get() + r * pitch_, kind_[r], [&] { ranked += rank(r, ranking); });
     }
+    if (worth && n_ > 0) worth->count(n_, ranked, passed);
   }
 
  private:
   friend struct BatchProbe;
-  static constexpr int64_t kMaximaPitch = kHeld * kNative + 16;  // not a power of two, for the cache's sake
+  int64_t row(int r) const { return list_ ? list_[r] : first_ + r; }
+
   struct Hit {
     float score;  // the largest of the group
     int32_t group;
   };
+
+  // The number of codewords.
+  int64_t rank(int r, Ranking& ranking) {
+    Hit* const hits = hits_.get() + r * most_hits_;
+    const int count = count_[r];
+    if (Scores::kRough && a_.k == 1)
+      for (int i = 1; i < count; ++i)
+        if (hits[i].score > hits[0].score) std::swap(hits[0], hits[i]);
+    int64_t ranked = 0;
+    for (int i = 0; i < count; ++i) {
+      if (!(hits[i].score >= threshold_[r])) continue;
+      add_group(ranking, hits[i].group);
+      ranked += kWidth / kNative;
+      if (Scores::kRough && a_.k == 1) raise_to(r, ranking.reached());
+    }
+    return ranked;
+  }
 
   void add_group(Ranking& ranking, int32_t group) const {
     for (int j = 0; j < kWidth; j += kNative) {
@@ -91,14 +138,27 @@ class Batch {
     }
   }
 
+  // At most the score of a codeword whose value (rank.h) is at most `value`.
+  double least_score(int r, double value) const {
+    const double score = middle_[r] - factor_[r] * value;
+    return score - 1e-7 * std::fabs(score);
+  }
+
+  // Raises the threshold of vector r, as there is such a codeword: its score is known without the error of
+  // the others'.
+  void raise_to(int r, double value) {
+    const double score = least_score(r, value), threshold = score - 1e-7 * std::fabs(score) - 0.5 * slack_[r];
+    threshold_[r] = std::max(threshold_[r], static_cast<float>(threshold));
+  }
+
   // The vector of the products, and the error bound of its scores, which is
   //   reach |C| + (half_error |C|^2 / 2, for distances) + tiny
   // and where not `by_word`, with the longest C.
   Kind prepare(int r) {
     const float* x = raw_.get() + r * pitch_;
     const bool l2 = a_.metric == Metric::kL2;
-    float* to = packed_.get() + r / kTile * kTile * a_.dim + r % kTile;
-    float square = pack(x, l2, l2 ? book_.scale : 1.0f, to);
+    float scale = l2 ? book_.scale : 1.0f;
+    float square = scores_.place(r, x, l2, scale);
     if (!(square < 1e30f) || (!l2 && square < 1e-30f)) {
       if (!is_finite(x, a_.dim)) return Kind::kNotFinite;
       if (l2) return Kind::kAll;
@@ -107,122 +167,58 @@ class Batch {
       if (most == 0.0f) return Kind::kZero;
       int exponent;
       std::frexp(most, &exponent);
-      square = pack(x, false, power_of_two(-exponent), to);
+      scale = power_of_two(-exponent);
+      square = scores_.place(r, x, false, scale);
     }
     const double dim = static_cast<double>(a_.dim), longest = book_.longest;
-    const double norm = std::sqrt(square * (1.0 + dim * kRoundoff) + dim * 0x1p-126);
-    const double reach = product_error_ * norm;
+    const double norm = words_.upper_norm(square), reach = scores_.reach(r, norm);
     double tiny = (dim + 2.0) * 0x1p-125 * (2.0 + norm + longest);
     if (a_.metric == Metric::kCosine) tiny += (dim + 8.0) * 0x1p-52 * norm;
     reach_[r] = static_cast<float>(1.0001 * reach);
     slack_[r] =
         static_cast<float>(2.002 * (tiny + (book_.by_word ? 0.0 : (reach + of_half_ * longest) * longest)));
+    if (Scores::kRough) {
+      // A codeword's score is middle - factor times its value.
+      if (l2) {
+        middle_[r] = 0.5 * (square * (1.0 - 1.01 * (dim + 8.0) * kRoundoff) - dim * 0x1p-126);
+        factor_[r] = 0.5 * scale * scale;
+      } else {
+        middle_[r] = -scale * with_centre(x) - (dim + 8.0) * 0x1p-52 * norm * centre_norm_;
+        factor_[r] = a_.metric == Metric::kDot ? static_cast<double>(scale) * book_.scale : scale;
+      }
+    }
     return Kind::kSearched;
   }
 
-  // x scale - centre, kTile floats apart; its sum of squares.
-  float pack(const float* x, bool centred, float scale, float* to) {
-    Vf sum = splat<Vf>(0.0f);
-    alignas(64) float piece[kLanes];
+  // Of x and the centre, the inner product.
+  double with_centre(const float* x) const {
     const float* centre = book_.centre.get();
+    Vd sum = splat<Vd>(0.0);
     int64_t d = 0;
-    for (; d + kLanes <= a_.dim; d += kLanes) {
-      Vf v = load(x + d) * scale;
-      if (centred) v = v - load(centre + d);
-      sum = multiply_add(v, v, sum);
-      store(piece, v);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) to[(d + i) * kTile] = piece[i];
-    }
-    float total = 0.0f;
-    for (; d < a_.dim; ++d) {
-      const float v = x[d] * scale - (centred ? centre[d] : 0.0f);
-      total += v * v;
-      to[d * kTile] = v;
-    }
-    return total + sum_of(sum);
+    for (; d + 8 <= a_.dim; d += 8) sum = sum + load_doubles(x + d) * load_doubles(centre + d);
+    double total = sum_of(sum);
+    for (; d < a_.dim; ++d) total += static_cast<double>(x[d]) * centre[d];
+    return total;
   }
 
   template <bool kByWord>
   void scan(const float* panels, int64_t begin, int64_t end, float* maxima) {
+    const int64_t step = words_.panel_floats();
     for (int64_t c = begin; c < end; c += kHeld * kWidth) {
       const int64_t count = (std::min(c + kHeld * kWidth, end) - c + kWidth - 1) / kWidth;
       if (a_.dim <= 16) {  // these panels stay in the first-level cache, and so do one tile's maxima
         for (int g = 0; g < n_; g += kTile) {
           for (int64_t i = 0; i < count; ++i)
-            multiply<kByWord>(panels + i * book_.panel_floats(), 0, a_.dim, g, maxima + i * kNative);
+            scores_.template score<kByWord>(panels + i * step, g, g + kTile, reach_, maxima + i * kNative);
           for (int r = g; r < std::min(g + kTile, n_); ++r)
             collect<kByWord>(r, c / kWidth, count, maxima + (r - g) * kMaximaPitch);
         }
       } else {
-        for (int64_t i = 0; i < count; ++i) {
-          const float* panel = panels + i * book_.panel_floats();
-          for (int64_t d = 0; d < a_.dim; d += Codebook::kDepth)
-            for (int g = 0; g < n_; g += kTile)
-              multiply<kByWord>(panel, d, std::min(Codebook::kDepth, a_.dim - d), g,
-                                maxima + g * kMaximaPitch + i * kNative);
-        }
+        for (int64_t i = 0; i < count; ++i)
+          scores_.template score<kByWord>(panels + i * step, 0, n_, reach_, maxima + i * kNative);
         for (int r = 0; r < n_; ++r) collect<kByWord>(r, c / kWidth, count, maxima + r * kMaximaPitch);
       }
-      panels += count * book_.panel_floats();
-    }
-  }
-
-  // The terms [d, d + depth) of the scores of kTile vectors from `g` with one panel, and at the end their
-  // maxima, kMaximaPitch apart.
-  template <bool kByWord>
-  void multiply(const float* panel, int64_t d, int64_t depth, int g, float* maxima) {
-    Vf acc[kTile][kWide];
-    if (d == 0) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kWide; ++v) {
-        const Vf start = load(panel + v * kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < kTile; ++r) {
-          acc[r][v] = start;
-          if constexpr (kByWord)
-            acc[r][v] = multiply_add(splat<Vf>(reach_[g + r]), load(panel + kWidth + v * kLanes), start);
-        }
-      }
-    } else {
-#pragma GCC unroll 16
-      for (int r = 0; r < kTile; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < kWide; ++v) acc[r][v] = splat<Vf>(0.0f);
-    }
-    const float* p = panel + (kHeader + d) * kWidth;
-    const float* x = packed_.get() + g * a_.dim + d * kTile;
-    for (int64_t i = 0; i < depth; ++i, p += kWidth, x += kTile) {
-      Vf word[kWide];
-#pragma GCC unroll 2
-      for (int v = 0; v < kWide; ++v) word[v] = load(p + v * kLanes);
-#pragma GCC unroll 16
-      for (int r = 0; r < kTile; ++r) {
-        const Vf scalar = splat<Vf>(x[r]);
-#pragma GCC unroll 2
-        for (int v = 0; v < kWide; ++v) acc[r][v] = multiply_add(scalar, word[v], acc[r][v]);
-      }
-    }
-    float* sums = sums_.get() + g * kWidth;
-    if (d > 0) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kTile; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < kWide; ++v) acc[r][v] = acc[r][v] + load(sums + r * kWidth + v * kLanes);
-    }
-    if (d + depth < a_.dim) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kTile; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < kWide; ++v) store(sums + r * kWidth + v * kLanes, acc[r][v]);
-      return;
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kTile; ++r) {
-      Nf most = acc[r][0].part[0];
-#pragma GCC unroll 8
-      for (int i = 1; i < kWide * kParts; ++i) most = max_of(most, acc[r][i / kParts].part[i % kParts]);
-      store_native(maxima + r * kMaximaPitch, most);
+      panels += count * step;
     }
   }
 
@@ -236,8 +232,7 @@ class Batch {
     const auto lower = [&](int64_t i) {
       const Nf score = load_native(maxima + i * kNative);
       if constexpr (!kByWord) return score;
-      const int64_t last = book_.panel_longest.size() - 1;
-      const double length = book_.panel_longest[std::min(panel + i, last)];
+      const double length = words_.longest(panel + i);
       return score - static_cast<float>(2.002 * (reach_[r] + of_half_ * length) * length);
     };
     if (a_.k == 1) {
@@ -311,19 +306,24 @@ class Batch {
   }
 
   const VqSearch& a_;
+  const Packed& words_;
   const Codebook& book_;
   const int rows_;
   const int64_t pitch_;
-  const double product_error_, of_half_;
+  const double of_half_;
   const int most_hits_;
+  Scores scores_;
+  double centre_norm_ = 0.0;
   int64_t first_ = 0;
-  int n_ = 0;
-  Scratch<float> raw_, packed_, sums_;
+  const int64_t* list_ = nullptr;
+  int size_ = 0, n_ = 0;  // of the block; of those, searched
+  Scratch<float> raw_;
   Scratch<float> best_;  // the k best scores of each vector, or lower bounds of them
   Scratch<Hit> hits_;
   float threshold_[kRows];  // which the score of a candidate reaches
   float slack_[kRows];      // what the threshold is below the best score
   float reach_[kRows];
+  double middle_[kRows], factor_[kRows];
   Kind kind_[kRows];
   int count_[kRows];
 };

@@ -1,4 +1,4 @@
-// A codebook made ready for the products: centred, scaled, and packed by panels of kWidth codewords.
+// A codebook made ready for the products: centred and scaled (words.h packs it).
 //
 // In the products a codeword is C = scale c - centre, with c / |c| in place of c for the cosine. Any centre
 // and any power of two would do; these come from a few codewords, as looking at all of them would cost much
@@ -25,8 +25,9 @@ inline constexpr int kTile = 6, kWide = 1;
 inline constexpr int kTile = 2, kWide = 1;
 #endif
 inline constexpr int kWidth = kWide * kLanes;  // codewords of a panel
-inline constexpr int64_t kHeader = 2;          // rows of a panel before those of the dimensions
 inline constexpr double kRoundoff = 0x1p-24;
+inline constexpr int64_t kHeld = 32;                           // panels whose maxima are held
+inline constexpr int64_t kMaximaPitch = kHeld * kNative + 16;  // not a power of two, for the cache's sake
 
 class Codebook {
  public:
@@ -38,11 +39,10 @@ class Codebook {
   Scratch<int64_t> first;   // the first k of the usable ones followed by the others
   Scratch<float> centre;
   float scale = 1.0f;
-  double longest = 0.0;          // norm of a codeword in the products
-  bool by_word = false;          // norms are so far apart that each codeword gets an error bound of its own
-  Scratch<int32_t> order;        // where `by_word`, by norm: those of a panel are about equally long
-  Scratch<float> half;           // half of the squared norms in the products
-  Scratch<float> panel_longest;  // of each panel that was packed
+  double longest = 0.0;    // norm of a codeword in the products
+  bool by_word = false;    // norms are so far apart that each codeword gets an error bound of its own
+  Scratch<int32_t> order;  // where `by_word`, by norm: those of a panel are about equally long
+  Scratch<float> half;     // half of the squared norms in the products
 
   explicit Codebook(const VqSearch& a)
       : rows(a.codebook),
@@ -54,8 +54,7 @@ class Codebook {
         first(k),
         centre(dim, 0.0f),
         order(codewords),
-        half(codewords),
-        panel_longest((codewords + kWidth - 1) / kWidth) {}
+        half(codewords) {}
 
   // Which codewords are finite; enough for a search without the products.
   void find_usable() {
@@ -95,52 +94,7 @@ class Codebook {
   // The codeword at a place of the panels.
   int64_t word_at(int64_t place) const { return by_word ? order[place] : place; }
 
-  // Panels of codewords: kWidth first terms of the sums, kWidth upper bounds of the norms, and kWidth floats
-  // for each dimension. The first term is -|C|^2 / 2 for the distance, raised by its share of the error bound
-  // where `by_word`; 0 for products; and -inf for what is not to be found.
-  int64_t panel_floats() const { return (dim + kHeader) * kWidth; }
-
-  // The panel from place `begin`, with `buffer` of kWidth * pitch() floats.
-  void pack(int64_t begin, float* to, float* buffer) {
-    float most = 0.0f;
-    const float bound = by_word ? static_cast<float>(half_error()) : 0.0f;
-    for (int lane = 0; lane < kWidth; ++lane) {
-      const int64_t i = begin + lane < codewords ? word_at(begin + lane) : -1;
-      const bool present = i >= 0 && usable[i];
-      float* const word = buffer + lane * pitch();
-      if (present)
-        read_word(i, word);
-      else
-        std::memset(word, 0, dim * sizeof(float));
-      to[lane] = !present ? -kInfinity : metric == Metric::kL2 ? half[i] * bound - half[i] : 0.0f;
-      to[kWidth + lane] = present ? upper_length(half[i]) : 0.0f;
-      most = std::max(most, to[kWidth + lane]);
-    }
-    panel_longest[begin / kWidth] = most;
-    transpose(buffer, to + kHeader * kWidth);
-  }
-
   int64_t pitch() const { return (dim + kLanes - 1) / kLanes * kLanes; }
-
-  // Relative bounds of the errors of a sum of products of a codeword with a vector, and of `half` in it.
-  double product_error() const {
-    return 1.01 * kRoundoff * (std::min<double>(dim, kDepth) + dim / kDepth + 12.0);
-  }
-  double half_error() const { return product_error() + 1.01 * kRoundoff * (dim / kLanes + 8.0); }
-
-  static constexpr int64_t kDepth = 256;  // products in one chain, and of a panel in the first-level cache
-  static constexpr int kSamples = 9;      // codewords that a frame comes from, at most
-
- private:
-  // What a codeword is multiplied by.
-  double unit(const float* c) const {
-    Vd sum = splat<Vd>(0.0);
-    int64_t d = 0;
-    for (; d + 8 <= dim; d += 8) sum = sum + load_doubles(c + d) * load_doubles(c + d);
-    double square = sum_of(sum);
-    for (; d < dim; ++d) square += static_cast<double>(c[d]) * c[d];
-    return square == 0.0 ? 0.0 : 1.0 / std::sqrt(square);
-  }
 
   // Codeword i as it is in the products; to `to`, which holds its raw values in between.
   void read_word(int64_t i, float* to) const {
@@ -152,6 +106,32 @@ class Codebook {
     } else {
       for (int64_t d = 0; d < dim; ++d) to[d] = c[d] * scale - m[d];
     }
+  }
+
+  double length_slack() const { return 1.001 + static_cast<double>(dim) * 0x1p-26; }
+  // At least the norm of a codeword.
+  float upper_length(float half_square) const {
+    return static_cast<float>(std::sqrt(2.0 * static_cast<double>(half_square)) * length_slack());
+  }
+
+  // Relative bounds of the errors of a sum of products of a codeword with a vector, and of `half` in it.
+  double product_error() const {
+    return 1.01 * kRoundoff * (std::min<double>(dim, kDepth) + dim / kDepth + 12.0);
+  }
+  double half_error() const { return product_error() + 1.01 * kRoundoff * (dim / kLanes + 8.0); }
+
+  static constexpr int64_t kDepth = 256;  // products in one chain, at most
+  static constexpr int kSamples = 9;      // codewords that a frame comes from, at most
+
+ private:
+  // What a codeword is multiplied by.
+  double unit(const float* c) const {
+    Vd sum = splat<Vd>(0.0);
+    int64_t d = 0;
+    for (; d + 8 <= dim; d += 8) sum = sum + load_doubles(c + d) * load_doubles(c + d);
+    double square = sum_of(sum);
+    for (; d < dim; ++d) square += static_cast<double>(c[d]) * c[d];
+    return square == 0.0 ? 0.0 : 1.0 / std::sqrt(square);
   }
 
   // Sets centre and scale; false where no codeword is finite.
@@ -284,11 +264,6 @@ class Codebook {
     for (int64_t d = 0; d < dim; ++d) centre[d] = static_cast<float>(centre[d] / before * scale);
   }
 
-  double length_slack() const { return 1.001 + static_cast<double>(dim) * 0x1p-26; }
-  float upper_length(float half_square) const {
-    return static_cast<float>(std::sqrt(2.0 * static_cast<double>(half_square)) * length_slack());
-  }
-
   int64_t slots() const {
     int64_t n = 16;
     while (n < 2 * codewords) n *= 2;
@@ -319,27 +294,6 @@ class Codebook {
     for (int pass = 1; pass >= 0; --pass)
       for (int64_t i = 0; i < codewords && found < k; ++i)
         if (usable[i] == pass) first[found++] = i;
-  }
-
-  // kWidth rows `pitch` apart, to columns.
-  void transpose(const float* from, float* to) const {
-    const int64_t step = pitch();
-    int64_t d = 0;
-    for (; d + 4 <= dim; d += 4)
-      for (int lane = 0; lane < kWidth; lane += kNative) {
-        const float* corner = from + lane * step + d;
-        const Nf a = load_fours(corner, step), b = load_fours(corner + step, step),
-                 c = load_fours(corner + 2 * step, step), e = load_fours(corner + 3 * step, step);
-        const Nf low = unpack_low(a, b), high = unpack_high(a, b), low_2 = unpack_low(c, e),
-                 high_2 = unpack_high(c, e);
-        float* column = to + d * kWidth + lane;
-        store_native(column, unpack_low_pairs(low, low_2));
-        store_native(column + kWidth, unpack_high_pairs(low, low_2));
-        store_native(column + 2 * kWidth, unpack_low_pairs(high, high_2));
-        store_native(column + 3 * kWidth, unpack_high_pairs(high, high_2));
-      }
-    for (; d < dim; ++d)
-      for (int lane = 0; lane < kWidth; ++lane) to[d * kWidth + lane] = from[lane * step + d];
   }
 };
 

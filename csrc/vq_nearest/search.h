@@ -22,21 +22,19 @@ namespace vq {
 class SearchedCodebook {
  public:
   SearchedCodebook(const View& codebook, Metric metric, int64_t n_rows)
-      : args_(arguments(codebook, metric)),
-        book_(args_),
-        packs_(n_rows > Few::kMost),
-        panels_(packs_ ? (args_.codewords + kWidth - 1) / kWidth * book_.panel_floats() : 0) {
-    if (!packs_) {
+      : args_(arguments(codebook, metric)), book_(args_), worth_(args_.codewords, args_.dim, metric) {
+    if (n_rows <= Few::kMost) {
       book_.find_usable();
       return;
     }
     book_.prepare();
+    if (!Worth::likely(n_rows, args_.codewords, args_.dim)) worth_.give_up();
     pack();
   }
   SearchedCodebook(const SearchedCodebook&) = delete;
 
   // Whether the search is much faster after recentre().
-  bool wants_vectors() const { return packs_ && book_.wants_vectors(); }
+  bool wants_vectors() const { return floats_ && book_.wants_vectors(); }
 
   // `rows`: some of those that will be sought. Not while others search.
   void recentre(const float* rows, int64_t pitch, int64_t n) {
@@ -52,6 +50,18 @@ class SearchedCodebook {
  private:
   friend class RowSearch;
 
+  template <class Words>
+  struct Packed {
+    explicit Packed(const Codebook& book) : words(book), panels(words.panels() * words.panel_floats()) {
+      Scratch<float> buffer(kWidth * book.pitch(), 0.0f);
+      for (int64_t i = 0; i < words.panels(); ++i)
+        words.pack(i * kWidth, panels.get() + i * words.panel_floats(), buffer.get());
+    }
+
+    Words words;
+    Scratch<float> panels;
+  };
+
   static VqSearch arguments(const View& codebook, Metric metric) {
     VqSearch a{};
     a.codebook = codebook, a.metric = metric;
@@ -60,58 +70,82 @@ class SearchedCodebook {
   }
 
   void pack() {
-    Scratch<float> words(kWidth * book_.pitch(), 0.0f);
-    for (int64_t i = 0; i < args_.codewords; i += kWidth)
-      book_.pack(i, panels_.get() + i / kWidth * book_.panel_floats(), words.get());
+    floats_ = std::make_unique<Packed<FloatWords>>(book_);
+    if (!worth_.holds()) return;
+    bytes_ = std::make_unique<Packed<ByteWords>>(book_);
+    if (!bytes_->words.precise()) worth_.give_up();
   }
 
   VqSearch args_;
   Codebook book_;
-  bool packs_;
-  Scratch<float> panels_;
+  Worth worth_;
+  std::unique_ptr<Packed<FloatWords>> floats_;
+  std::unique_ptr<Packed<ByteWords>> bytes_;
 };
 
 class RowSearch {
  public:
   static constexpr int kMost = kRows;
 
-  // Reads `book` alone, which several may share.
+  // `book` may be shared.
   explicit RowSearch(SearchedCodebook& book)
       : book_(book),
         args_(book.args_),
         ranking_(args_, book.book_),
-        maxima_(book.packs_ ? Batch::maxima_floats() : 0) {
-    if (book.packs_)
-      batch_ = std::make_unique<Batch>(args_, book.book_);
-    else
-      few_ = std::make_unique<Few>(args_, book.book_);
-  }
+        maxima_(book.floats_ ? Batch<FloatScores>::maxima_floats() : 0) {}
   RowSearch(const RowSearch&) = delete;
 
   // Of rows[i * pitch + d], i < n <= kMost, d < D: the nearest codeword, and its distance where wanted.
   void nearest(const float* rows, int64_t pitch, int n, int64_t* indices, float* distances = nullptr) {
-    const int step = batch_ ? batch_->rows() : Few::kMost;
-    for (int first = 0; first < n; first += step) {
-      args_.n = std::min(step, n - first),
-      args_.x = rows_view(rows + first * pitch, args_.n, args_.dim, pitch);
-      args_.indices = indices + first, args_.distances = distances ? distances + first : nullptr;
-      const Rows x(args_.x);
-      if (few_) {
-        few_->search(x, ranking_);
-        continue;
-      }
-      batch_->open(x, 0);
-      batch_->scan(book_.panels_.get(), 0, args_.codewords, maxima_.get());
-      batch_->close(ranking_);
+    const Rows x(rows_view(rows, n, args_.dim, pitch));
+    args_.indices = indices, args_.distances = distances;
+    if (!book_.floats_) return search_few(rows, pitch, n);
+    if (!book_.worth_.holds()) return search_floats(x, nullptr, n);
+    int64_t list[kMost], listed = 0;
+    for (int first = 0; first < n;) {
+      uint32_t left[kMarks] = {};
+      const int count = search(bytes_, *book_.bytes_, x, nullptr, first, n, &book_.worth_, left);
+      listed += list_left(left, first, list + listed);
+      first += count;
     }
+    search_floats(x, list, static_cast<int>(listed));
   }
 
  private:
-  const SearchedCodebook& book_;
+  void search_few(const float* rows, int64_t pitch, int n) {
+    if (!few_) few_ = std::make_unique<Few>(args_, book_.book_);
+    int64_t* const indices = args_.indices;
+    float* const distances = args_.distances;
+    for (int first = 0; first < n; first += Few::kMost) {
+      args_.n = std::min(Few::kMost, n - first);
+      args_.indices = indices + first, args_.distances = distances ? distances + first : nullptr;
+      few_->search(Rows(rows_view(rows + first * pitch, args_.n, args_.dim, pitch)), ranking_);
+    }
+  }
+
+  void search_floats(const Rows& x, const int64_t* list, int n) {
+    for (int first = 0; first < n;) first += search(floats_, *book_.floats_, x, list, first, n);
+  }
+
+  // A block of the n rows, or of those of `list`, from `first`; its size.
+  template <class Scores>
+  int search(std::unique_ptr<Batch<Scores>>& batch,
+             const SearchedCodebook::Packed<typename Scores::Packed>& packed, const Rows& x,
+             const int64_t* list, int first, int n, Worth* worth = nullptr, uint32_t* left = nullptr) {
+    if (!batch) batch = std::make_unique<Batch<Scores>>(args_, packed.words);
+    const int count = static_cast<int>(std::min(Batch<Scores>::rows_of(args_.dim), int64_t{n} - first));
+    batch->open(x, first, count, list, worth);
+    batch->scan(packed.panels.get(), 0, args_.codewords, maxima_.get());
+    batch->close(ranking_, worth, left);
+    return count;
+  }
+
+  SearchedCodebook& book_;
   VqSearch args_;
   Ranking ranking_;
   Scratch<float> maxima_;
-  std::unique_ptr<Batch> batch_;
+  std::unique_ptr<Batch<FloatScores>> floats_;
+  std::unique_ptr<Batch<ByteScores>> bytes_;
   std::unique_ptr<Few> few_;
 };
 

@@ -48,6 +48,40 @@ GENPERF_HD Nf multiply_add(Nf a, Nf b, Nf c) {
 #endif
 }
 
+GENPERF_HD Nf magnitude(Nf x) { return (Nf)((Vi::Native)x & 0x7fffffff); }
+
+// Each lane's neighbour: 1, 0, 3, 2, ...
+GENPERF_HD Nf swap_neighbours(Nf x) {
+  using Nl = Block<uint64_t>::Native;
+  return (Nf)((Nl)x << 32 | (Nl)x >> 32);
+}
+
+using Vs = Block<uint16_t>;  // 32, which wrap
+
+// Unsigned bytes times signed ones, the products of neighbours added, which do not leave 16 bits.
+GENPERF_HD Vs::Native multiply_bytes(Vi::Native a, Vi::Native b) {
+#if defined(__AVX512F__)
+  return (Vs::Native)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Vs::Native)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+#else
+  using Signed = Block<int16_t>::Native;
+  const Vs::Native low = (Vs::Native)a & 0xff, high = (Vs::Native)a >> 8;
+  return low * (Vs::Native)((Signed)b << 8 >> 8) + high * (Vs::Native)((Signed)b >> 8);
+#endif
+}
+
+// Neighbours, as signed numbers, added.
+GENPERF_HD Vi::Native add_neighbours(Vs::Native v) {
+#if defined(__AVX512F__)
+  return (Vi::Native)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+  return (Vi::Native)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi16(1));
+#else
+  return ((Vi::Native)v << 16 >> 16) + ((Vi::Native)v >> 16);
+#endif
+}
+
 GENPERF_HD Vf multiply_add(Vf a, Vf b, Vf c) {
   return for_parts<Vf>([&](int i) { return multiply_add(a.part[i], b.part[i], c.part[i]); });
 }

@@ -23,20 +23,44 @@ Isa current_isa() { return Isa::avx2; }
 namespace avx2 {
 namespace vq {
 
+// A codebook ready for the vectors.
+struct Prepared : Codebook {
+  explicit Prepared(const VqSearch& a) : Codebook(a) {
+    prepare();
+    if (wants_vectors()) vq::recentre(a, Rows(a.x), a.n, 5, *this);
+  }
+};
+
 // The scores of all vectors with all codewords, as Batch computes them.
 struct BatchProbe {
-  Codebook book;
-  Batch batch;
-  Scratch<float> panel, words, maxima;
+  template <class Scores>
+  struct Of;
+};
 
-  explicit BatchProbe(const VqSearch& a)
+template <class Scores>
+struct BatchProbe::Of {
+  Prepared book;
+  typename Scores::Packed words;
+  Scratch<float> panels, buffer;
+  bool packed;
+  Batch<Scores> batch;
+  Scratch<float> panel, maxima;
+
+  explicit Of(const VqSearch& a)
       : book(a),
-        batch(a, (book.prepare(), book)),
-        panel(book.panel_floats()),
-        words(kWidth * book.pitch(), 0.0f),
-        maxima(Batch::maxima_floats()) {
-    if (book.wants_vectors()) recentre(a, Rows(a.x), a.n, 5, book);
-    batch.open(Rows(a.x), 0);
+        words(book),
+        panels(words.panels() * words.panel_floats()),
+        buffer(kWidth * book.pitch(), 0.0f),
+        packed((pack(), true)),
+        batch(a, words),
+        panel(words.panel_floats()),
+        maxima(Batch<Scores>::maxima_floats()) {
+    batch.open(Rows(a.x), 0, static_cast<int>(a.n));
+  }
+
+  void pack() {
+    for (int64_t i = 0; i < words.panels(); ++i)
+      words.pack(i * kWidth, panels.get() + i * words.panel_floats(), buffer.get());
   }
 
   bool searched(int r) const { return batch.kind_[r] == Kind::kSearched; }
@@ -53,7 +77,7 @@ struct BatchProbe {
     if (book.by_word)
       place = std::find(&book.order[0], &book.order[book.codewords], codeword) - &book.order[0];
     const int64_t begin = place / kWidth * kWidth, lane = place - begin;
-    book.pack(begin, panel.get(), words.get());
+    words.pack(begin, panel.get(), buffer.get());
     for (int i = 0; i < kWidth; ++i)
       if (i != lane) panel[i] = -kInfinity;
     for (int r = 0; r < batch.n_; ++r) batch.threshold_[r] = kLeast, batch.count_[r] = 0;
@@ -61,19 +85,15 @@ struct BatchProbe {
     const bool by_tile = book.dim <= 16;  // and then a tile's maxima are soon written over
     for (int r = 0; r < batch.n_; ++r) {
       if (by_tile && batch.count_[r] != 1) continue;
-      score[r] = by_tile ? batch.hits_[r * batch.most_hits_].score
-                         : maxima[r * Batch::kMaximaPitch + lane % kNative];
+      score[r] =
+          by_tile ? batch.hits_[r * batch.most_hits_].score : maxima[r * kMaximaPitch + lane % kNative];
     }
   }
 
   // Of all vectors; the whole codebook where it is ranked.
   int64_t candidates(const VqSearch& a) {
-    const int64_t panels = (book.codewords + kWidth - 1) / kWidth;
-    Scratch<float> packed(panels * book.panel_floats());
-    for (int64_t i = 0; i < panels; ++i)
-      book.pack(i * kWidth, packed.get() + i * book.panel_floats(), words.get());
-    batch.open(Rows(a.x), 0);
-    batch.scan(packed.get(), 0, panels * kWidth, maxima.get());
+    batch.open(Rows(a.x), 0, static_cast<int>(a.n));
+    batch.scan(panels.get(), 0, words.panels() * kWidth, maxima.get());
     int64_t total = 0;
     for (int r = 0; r < batch.n_; ++r) {
       if (!searched(r)) total += book.codewords;
@@ -81,6 +101,10 @@ struct BatchProbe {
         total += batch.hits_[r * batch.most_hits_ + i].score >= batch.threshold_[r] ? kWidth / kNative : 0;
     }
     return total;
+  }
+
+  double least_score(int r, long double value) const {
+    return batch.least_score(r, static_cast<double>(value));
   }
 
  private:
@@ -188,6 +212,35 @@ float value(int kind, bool word, int64_t i, int64_t d, std::mt19937& random) {
   return v;
 }
 
+// The largest error of the scores in units of its bound, and how many candidates there are.
+struct Tally {
+  double worst = 0.0;
+  long pairs = 0, vectors = 0, candidates = 0;
+  bool reached_too_high = false;
+
+  template <class Scores>
+  void add(const VqSearch& a, const float* x, const float* c) {
+    BatchProbe::Of<Scores> probe(a);
+    if (!probe.words.precise()) return;
+    vectors += a.n, candidates += probe.candidates(a);
+    Scratch<float> scores(a.n);
+    for (int64_t k = 0; k < a.codewords; ++k) {
+      if (!probe.book.usable[k]) continue;
+      probe.scores(k, scores.get());
+      for (int r = 0; r < a.n; ++r) {
+        if (!probe.searched(r)) continue;
+        const float *row = x + r * a.dim, *word = c + k * a.dim;
+        const long double exact = exact_score(probe.book, a.metric, row, word, a.dim);
+        const double off = static_cast<double>(fabsl(scores[r] - probe.middle(r, k) - exact));
+        worst = std::max(worst, off / probe.bound(r, k));
+        if (Scores::kRough)
+          reached_too_high |= probe.least_score(r, exact_value(a.metric, row, word, a.dim)) > exact;
+        ++pairs;
+      }
+    }
+  }
+};
+
 }  // namespace
 }  // namespace vq
 }  // namespace avx2
@@ -199,8 +252,8 @@ int main() {
   int failures = 0;
   for (int kind = 0; kind < 7; ++kind)
     for (const Metric metric : {Metric::kL2, Metric::kCosine, Metric::kDot}) {
-      double worst = 0.0, worst_of_few = 0.0;
-      long pairs = 0, vectors = 0, candidates = 0;
+      Tally floats, bytes;
+      double worst_of_few = 0.0;
       for (const int64_t dim : {1, 2, 3, 8, 31, 64, 255, 256, 257, 600, 1024, 4096}) {
         constexpr int64_t kVectors = 24, kCodewords = 64;
         std::mt19937 random(static_cast<unsigned>(dim * 10 + kind));
@@ -210,21 +263,13 @@ int main() {
         VqSearch a{};
         a.x = view(x.get(), kVectors, dim), a.codebook = view(c.get(), kCodewords, dim);
         a.n = kVectors, a.codewords = kCodewords, a.dim = dim, a.k = 1, a.metric = metric;
-        BatchProbe probe(a);
-        vectors += kVectors, candidates += probe.candidates(a);
+        floats.add<FloatScores>(a, x.get(), c.get());
+        bytes.add<ByteScores>(a, x.get(), c.get());
+        const Prepared book(a);
         a.n = Few::kMost;
         FewProbe few(a);
         for (int64_t k = 0; k < kCodewords; ++k) {
-          if (!probe.book.usable[k]) continue;
-          float scores[kVectors];
-          probe.scores(k, scores);
-          for (int r = 0; r < kVectors; ++r) {
-            if (!probe.searched(r)) continue;
-            const long double exact = exact_score(probe.book, metric, &x[r * dim], &c[k * dim], dim);
-            const double off = static_cast<double>(fabsl(scores[r] - probe.middle(r, k) - exact));
-            worst = std::max(worst, off / probe.bound(r, k));
-            ++pairs;
-          }
+          if (!book.usable[k]) continue;
           for (int r = 0; r < Few::kMost; ++r) {
             if (!few.searched(r)) continue;
             const long double exact = exact_value(metric, &x[r * dim], &c[k * dim], dim);
@@ -235,10 +280,16 @@ int main() {
           }
         }
       }
-      std::printf("%s, metric %d: %ld pairs, largest error %.3g of the bound, of few %.3g, %.3g candidates\n",
-                  kKinds[kind], static_cast<int>(metric), pairs, worst, worst_of_few,
-                  static_cast<double>(candidates) / vectors);
-      failures += !(worst <= 1.0) || !(worst_of_few <= 1.0) || pairs == 0;
+      std::printf(
+          "%s, metric %d: %ld and %ld pairs, largest error %.3g of the bound, of bytes %.3g, of few %.3g, "
+          "%.3g "
+          "candidates, of bytes %.3g%s\n",
+          kKinds[kind], static_cast<int>(metric), floats.pairs, bytes.pairs, floats.worst, bytes.worst,
+          worst_of_few, static_cast<double>(floats.candidates) / floats.vectors,
+          static_cast<double>(bytes.candidates) / std::max(1L, bytes.vectors),
+          bytes.reached_too_high ? ", a score reached too high" : "");
+      for (const Tally& tally : {floats, bytes}) failures += !(tally.worst <= 1.0) || tally.reached_too_high;
+      failures += !(worst_of_few <= 1.0) || floats.pairs == 0;
     }
   return failures;
 }

@@ -37,7 +37,7 @@ def test_bound(tmp_path):
     assert built.returncode == 0, built.stderr
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    found = re.findall(r"(\S+) of the bound, of few (\S+), (\S+) candidates", result.stdout)
+    found = re.findall(r"(\S+) of the bound, of bytes (\S+), of few (\S+), (\S+) candidates", result.stdout)
     assert len(found) == 21
     *errors, candidates = ([float(number) for number in numbers] for numbers in zip(*found, strict=True))
     assert min(map(max, errors)) > 0.05, f"a bound this wide is another's: {result.stdout}"

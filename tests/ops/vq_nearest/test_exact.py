@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from genperf_testing.nearest import (
@@ -22,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import genperf
+from genperf.ops import vq_nearest
 
 QUICK = ("gaussian", "offset 30", "subnormal", "duplicates", "an ulp apart, midpoints", "not finite")
 HALF = ("gaussian", "offset 30", "duplicates", "midpoints", "small integers")
@@ -120,6 +123,19 @@ def test_any_numbers(metric, data):
     check(x, codebook, metric)
     with genperf.backend("reference"):
         check(x, codebook, metric)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("metric", METRICS)
+def test_many_vectors_have_what_few_have(backend, metric, k):
+    """Enough of them for products of bytes, and too few."""
+    for name, (x, codebook) in sets(530, 70, 26).items():
+        search = functools.partial(vq_nearest, metric=metric, k=min(k, len(codebook)), return_distance=True)
+        parts = zip(*(search(part, codebook) for part in x.split(106)), strict=True)
+        for found, expected in zip(search(x, codebook), parts, strict=True):
+            same = found.view(-1).view(torch.int32).equal(torch.cat(expected).view(-1).view(torch.int32))
+            assert same, name
 
 
 def test_float32_is_worse():

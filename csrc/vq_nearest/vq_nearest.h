@@ -10,10 +10,10 @@
 // contiguous. Vectors that are not finite get the indices 0, 1, ... and the distance NaN; codewords that are
 // not finite come after all others, in order, with the distance NaN.
 //
-// Numerics: scores in float32 give the candidates, every codeword whose score is within a proven bound of the
-// k-th best (docs/vector_quantization.md); these are ranked by their distances in double, and where the error
-// bounds of two of these overlap, by an exact sum. Nothing depends on the number of threads, nor on which
-// vectors stand together.
+// Numerics: scores in 8-bit integers or float32 give the candidates, every codeword whose score is within a
+// proven bound of the k-th best (docs/vector_quantization.md); these are ranked by their distances in double,
+// and where the error bounds of two of these overlap, by an exact sum. Nothing depends on the number of
+// threads, nor on which vectors stand together.
 #pragma once
 
 #include "../common/view.h"

@@ -272,8 +272,8 @@ class _Source(NamedTuple):
         by_sample = key is not None and key.dim() == 2
         groups = "classes" if inner == 1 and classes % 4 == 0 else "positions" if inner % 4 == 0 else "none"
         return cls(
-            # Words of four elements for each fill the registers.
-            _Plan.of(x, TILE // 2 if groups == "none" else TILE),
+            # Keys of their own for all positions fill the registers.
+            _Plan.of(x, TILE if groups == "classes" else TILE // 2),
             (x, flat_noise, None if key is None else key.contiguous()),
             (x.stride(), x.stride() if flat_noise is None else flat_noise.stride(), 2 if by_sample else 0),
             outer // logits.shape[0] if by_sample else outer,

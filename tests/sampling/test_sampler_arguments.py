@@ -63,7 +63,7 @@ def noise(value=0.5, shape=(1, 7, 6, 1), dtype=torch.float32):
         ({"distributed": True}, RuntimeError, "distributed is True, expected torch.distributed"),
     ],
 )
-def test_sample(sampler, options, error, message):
+def test_sample(sampler, no_process_group, options, error, message):
     with pytest.raises(error, match=f"^sample: .*{re.escape(message)}"):
         sampler.sample(**options)
 

@@ -77,7 +77,7 @@ def test_two_processes_draw_what_one_does(tmp_path):
     assert [len(first[n]) for n in expected] == [2, 2, 2, 2, 0]
 
 
-def test_torchruns_environment(monkeypatch):
+def test_torchruns_environment(monkeypatch, no_process_group):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     tiny = models.tiny_model("gated_pixelcnn")

@@ -234,10 +234,8 @@ def test_own_deepcopy_and_getstate_are_respected(models):
     "imports",
     [
         "import genperf; f = genperf.accelerate",
-        "import genperf.accelerate; f = genperf.accelerate",
         "from genperf.accelerate import Report; import genperf; f = genperf.accelerate",
         "from genperf import accelerate as f; import genperf.accelerate",
-        "from genperf.accelerate import accelerate as f",
         "import genperf; genperf.accelerate; import genperf.accelerate; f = genperf.accelerate",
     ],
 )
